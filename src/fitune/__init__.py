@@ -1,0 +1,1 @@
+"""Fine-tune language models in the memory you have."""

@@ -1,0 +1,205 @@
+"""Every knob of fitune: one frozen pydantic model per stage of a run.
+
+Command-line help, YAML keys, the JSON schema and docs/configuration.md are generated from these fields; nothing
+else states a default. `None` means "chosen when the run is resolved" and the description says how; the resolved
+configuration is what a run saves. No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+
+
+class Section(BaseModel):
+    """A closed, immutable group of settings: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which base model, and how its weights are stored."""
+
+    path: str = Field(
+        min_length=1,
+        description="Base model: a local folder, a Hugging Face hub id, or `embedded` (the small model inside fitune).",
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] | None = Field(
+        None,
+        description="Storage and compute dtype of the base weights. None: bf16 on a GPU that has it, else fp16 on a "
+        "GPU, fp32 on CPU.",
+    )
+    quantization: Literal["none"] = Field(
+        "none", description="Quantized storage of the frozen base weights. Only `none` in this release."
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on linear layers (LoRA, arXiv:2106.09685), injected and stored by PEFT."""
+
+    default_learning_rate: ClassVar[float] = 2e-4
+
+    name: Literal["lora"] = Field(description="The method.")
+    r: PositiveInt = Field(8, description="Rank of the adapters.")
+    alpha: PositiveFloat = Field(16.0, description="Scale: the adapter's output is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapters' input.")
+    target_modules: Literal["attention", "linear"] | tuple[str, ...] = Field(
+        "attention",
+        description="Layers that get an adapter: `attention` (query and value projections, or the fused one), "
+        "`linear` (every linear layer of the blocks), or a list of module names.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_targets(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("an empty list adapts nothing; give `attention`, `linear` or module names")
+        return value
+
+
+class FullConfig(Section):
+    """Train every parameter."""
+
+    default_learning_rate: ClassVar[float] = 2e-5
+
+    name: Literal["full"] = Field(description="The method.")
+
+
+class BitfitConfig(Section):
+    """Train only the bias vectors (BitFit, arXiv:2106.10199)."""
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    name: Literal["bitfit"] = Field(description="The method.")
+
+
+MethodConfig = Annotated[LoraConfig | FullConfig | BitfitConfig, Field(discriminator="name")]
+
+
+class DataConfig(Section):
+    """Where rows come from and how they become token ids."""
+
+    train: tuple[str, ...] = Field((), description="Training files: .json, .jsonl, either also .gz.")
+    eval: tuple[str, ...] | float | None = Field(
+        None,
+        description="Held-out rows: files, or a fraction of the training rows between 0 and 0.5 taken out by a hash of "
+        "each row. None: no evaluation.",
+    )
+    format: Literal["auto", "alpaca", "messages", "text"] = Field(
+        "auto", description="Row format; `auto` recognises it by the keys of each file's first row."
+    )
+    template: str = Field(
+        "auto",
+        min_length=1,
+        description="Conversation layout: `model` (the tokenizer's own chat template), tutorial, alpaca, chatml, llama3; "
+        "`auto` is `model` if the tokenizer has a template, else `tutorial`.",
+    )
+    max_length: int = Field(1024, ge=8, description="Longest row, in tokens, end-of-sequence token included.")
+    loss_on: Literal["answers", "all"] = Field(
+        "answers", description="Tokens that count in the loss: the assistant's answers, or the whole text."
+    )
+    packing: bool = Field(
+        False,
+        description="Put several rows one after another into one sequence (each row still attends to itself only) "
+        "instead of padding each row.",
+    )
+    on_bad_rows: Literal["refuse", "quarantine"] = Field(
+        "refuse",
+        description="`refuse`: any bad row stops the run before the model loads (exit 3). `quarantine`: bad rows go to "
+        "rejected.jsonl and are counted.",
+    )
+    on_long_rows: Literal["refuse", "truncate", "quarantine"] = Field(
+        "refuse",
+        description="Rows longer than max_length whose answer would be cut: stop the run, cut them (the answer loses "
+        "its end), or put them into rejected.jsonl.",
+    )
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_file(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("eval")
+    @classmethod
+    def _fraction(cls, value: tuple[str, ...] | float | None) -> tuple[str, ...] | float | None:
+        if isinstance(value, float) and not 0 < value <= 0.5:
+            raise ValueError("a held-out fraction must be above 0 and at most 0.5; use null for no evaluation")
+        return value
+
+
+class TrainConfig(Section):
+    """The training loop. A step is one optimizer update; a micro step is one forward and backward."""
+
+    epochs: PositiveFloat = Field(1.0, description="Passes over the training rows; may be fractional.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Stop after this many optimizer steps. None: decided by epochs."
+    )
+    global_batch_rows: PositiveInt | None = Field(
+        None, description="Rows per optimizer step. None: 16, unless global_batch_tokens is set."
+    )
+    global_batch_tokens: PositiveInt | None = Field(
+        None, description="Tokens per optimizer step: rows are taken until the next one would pass this number."
+    )
+    micro_batch_rows: PositiveInt | None = Field(
+        None, description="Rows per forward pass when padded (never changes an update). None: 4."
+    )
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="Tokens per forward pass when packed (never changes an update). None: 2 * data.max_length."
+    )
+    learning_rate: PositiveFloat | None = Field(
+        None, description="Peak learning rate. None: 2e-4 for lora, 2e-5 for full, 1e-3 for bitfit."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Learning rate after warm-up: constant, or falling to 0 at the last step."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled to at most this norm; 0 turns it off.")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="`adamw` (PyTorch, fused) or `adamw8bit` (bitsandbytes, 8-bit states)."
+    )
+    optimizer_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Dtype of the master weights and of Adam's states."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Decides sample order, adapter initialisation and dropout.")
+    deterministic: bool = Field(
+        False, description="Only deterministic GPU kernels, so that a resumed run is bit-identical. CPU runs always are."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto`: cuda if there is one.")
+    save_every_steps: PositiveInt = Field(100, description="Commit a checkpoint every so many steps.")
+    eval_every_steps: PositiveInt | None = Field(
+        None, description="Evaluate every so many steps, besides at the start and the end. None: save_every_steps."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept; the best held-out one is kept besides.")
+
+
+class MemoryConfig(Section):
+    """What the run may use."""
+
+    budget: PositiveFloat | None = Field(
+        None, description="GPU memory the run may take, in GB (1e9 bytes); going past it ends the run with exit 4."
+    )
+
+
+class OutputConfig(Section):
+    """Where results go."""
+
+    dir: str | None = Field(None, min_length=1, description="Run folder. None: runs/<name of the configuration file>.")
+
+
+class RunConfig(Section):
+    """One run of fitune."""
+
+    model: ModelConfig
+    method: MethodConfig = Field(default_factory=lambda: LoraConfig(name="lora"), description="What is trained.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
