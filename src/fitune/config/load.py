@@ -21,7 +21,7 @@ from fitune.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
 METHODS: dict[str, type[BaseModel]] = {
-    member.model_fields["name"].annotation.__args__[0]: member  # type: ignore[union-attr]  # Literal["lora"] etc.
+    member.model_fields["name"].annotation.__args__[0]: member
     for member in get_args(get_args(MethodConfig)[0])
 }
 
@@ -189,8 +189,8 @@ def _eight_bit_states_have_their_own_dtype(config: RunConfig) -> str | None:
     train = config.train
     if train.optimizer == "adamw8bit" and train.optimizer_dtype != "fp32":
         return (
-            f"train.optimizer_dtype is {train.optimizer_dtype}, but train.optimizer=adamw8bit keeps 8-bit states beside "
-            "fp32 masters; set train.optimizer_dtype=fp32"
+            f"train.optimizer_dtype is {train.optimizer_dtype}, but train.optimizer=adamw8bit keeps 8-bit "
+            "states beside fp32 masters; set train.optimizer_dtype=fp32"
         )
     return None
 
@@ -223,10 +223,8 @@ def every_key() -> Iterator[str]:
 def _explain(item: dict[str, Any]) -> str:
     """One pydantic error as: what was given, what is allowed, what to do."""
     location = [str(part) for part in item["loc"]]
-    if location[:1] == ["method"] and len(location) > 1 and location[1] in METHODS:
-        method = location.pop(1)
-    else:
-        method = "lora"
+    in_method = location[0] == "method" and len(location) > 1 and location[1] in METHODS
+    method = location.pop(1) if in_method else "lora"
     known = set(every_key()) | set(RunConfig.model_fields)
     while len(location) > 1 and ".".join(location[:2]) in known and len(location) > 2:
         location.pop()  # drop union branches and tuple indexes: users think in keys

@@ -1,0 +1,226 @@
+"""The command line: arguments in, exit code out; each command imports what it runs.
+
+fitune train examples/demo.yaml train.learning_rate=1e-4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fitune.errors import ConfigError, FituneError
+
+EPILOG = """exit codes: 0 done, 2 configuration, 3 data, 4 out of memory, 5 diverged, 6 storage,
+75 interrupted and resumable. Every setting: fitune config, or docs/configuration.md."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A user's mistake is a message, never a traceback."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except FituneError as error:
+        print(f"fitune: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fitune: stopped at once; committed checkpoints are untouched", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fitune data ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fitune",
+        description="Fine-tune language models in the memory you have.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a configuration")
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    _overrides(train)
+    train.add_argument("--replace", action="store_true", help="remove an earlier run in the same folder first")
+    train.set_defaults(command=_train)
+
+    resume = commands.add_parser("resume", help="continue a stopped run")
+    resume.add_argument("run", metavar="RUN", help="run folder")
+    _overrides(resume)
+    resume.set_defaults(command=_resume)
+
+    data = commands.add_parser("data", help="examine data files: bad rows, lengths, what is learnt")
+    data.add_argument("files", nargs="+", metavar="FILE", help=".json, .jsonl, either also .gz")
+    data.add_argument("--model", default="embedded", help="model whose tokenizer and template are used")
+    data.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a data setting: max_length=512")
+    data.add_argument("--json", action="store_true", help="print JSON")
+    data.set_defaults(command=_data)
+
+    chat = commands.add_parser("chat", help="talk to a run or a model")
+    _model_arguments(chat)
+    chat.add_argument("--system", help="system message")
+    chat.set_defaults(command=_chat)
+
+    generate = commands.add_parser("generate", help="answer prompts")
+    _model_arguments(generate)
+    generate.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    generate.add_argument("--file", help="text file with one prompt a line, - for standard input")
+    generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    generate.set_defaults(command=_generate)
+
+    evaluate = commands.add_parser("eval", help="held-out loss of a finished run")
+    evaluate.add_argument("run", metavar="RUN", help="run folder")
+    evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE", help="evaluate these files instead")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(command=_eval)
+
+    export = commands.add_parser("export", help="write a finished run as a model folder")
+    export.add_argument("run", metavar="RUN", help="run folder")
+    export.add_argument("--to", required=True, metavar="DIR", help="new folder")
+    export.add_argument("--form", choices=("merged", "adapter"), default="merged", help="merged model or PEFT adapter")
+    export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
+    export.set_defaults(command=_export)
+
+    config = commands.add_parser("config", help="list every setting with its default")
+    config.add_argument("--schema", action="store_true", help="print the JSON schema")
+    config.set_defaults(command=_config)
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, model folder, hub id or `embedded`")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, int | float | None]:
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+
+
+def _version() -> str:
+    from fitune import __version__
+
+    return f"fitune {__version__}"
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fitune.config import load
+
+    config = load(options.config, options.overrides)  # before torch: a typo is answered at once
+    from fitune.train.run import train
+
+    result = train(config, quiet=options.quiet, replace=options.replace)
+    _say_where(result.run, options.quiet)
+    return 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from fitune.train.run import resume
+
+    result = resume(Path(options.run), options.overrides, quiet=options.quiet)
+    _say_where(result.run, options.quiet)
+    return 0
+
+
+def _say_where(run: Path, quiet: bool) -> None:
+    if not quiet:
+        print(f"done: {run}/report.html shows the run; talk to it: fitune chat {run}")
+
+
+def _data(options: argparse.Namespace) -> int:
+    from fitune.config import build
+    from fitune.data.doctor import examine, render_text, to_json
+    from fitune.data.tokenizer import Tokenizer
+    from fitune.errors import DataError
+    from fitune.model.folder import resolve_folder
+
+    settings = dict(_pair(text) for text in options.set)
+    config = build({"model": {"path": options.model}, "data": settings})
+    tokenizer = Tokenizer.load(resolve_folder(options.model))
+    report = examine(tuple(options.files), config.data, tokenizer)
+    print(to_json(report) if options.json else render_text(report))
+    return DataError.exit_code if report.num_bad_rows else 0
+
+
+def _pair(text: str) -> tuple[str, object]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: write KEY=VALUE, for example max_length=512")
+    return key.removeprefix("data."), yaml.safe_load(value)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from fitune.infer.chat import chat
+    from fitune.infer.load import load
+
+    sampling = _sampling(options)
+    chat(load(options.run), options.system, sampling)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompts = list(options.prompt)
+    if options.file:
+        try:
+            text = sys.stdin.read() if options.file == "-" else Path(options.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file {options.file}: cannot be read as UTF-8 text ({error})") from error
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("nothing to answer; give --prompt TEXT or --file FILE")
+    sampling = _sampling(options)
+    from fitune.infer.load import load
+
+    for prompt, answer in zip(prompts, load(options.run).generate_many(prompts, **sampling), strict=True):
+        print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if options.json else answer)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from fitune.train.evaluate import evaluate_run
+
+    result = evaluate_run(Path(options.run), tuple(options.data))
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(
+            f"held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f} "
+            f"({result['rows']} rows, {result['supervised_tokens']} supervised tokens)"
+        )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fitune.infer.export import export
+
+    print(f"written: {export(Path(options.run), Path(options.to), form=options.form, dtype=options.dtype)}")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from fitune.config.reference import as_schema, as_text
+
+    print(as_schema() if options.schema else as_text())
+    return 0

@@ -1,0 +1,177 @@
+"""Ids in, ids out: batched generation with transformers' generate, stopping where the template says.
+
+`fitune.load(...)` wraps it with a tokenizer and a template: text in, text out.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: stop after so many, even without an end-of-sequence token.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling, arXiv:1904.09751; 1 keeps all tokens.
+        repetition_penalty: above 1 makes tokens already written less likely.
+        seed: of the sampling; None leaves the global generator alone.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer.
+
+    Attributes:
+        ids: new ids, the stop id excluded.
+        stopped: it ended by itself, by a stop id, before max_new_tokens.
+    """
+
+    ids: list[int]
+    stopped: bool
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    batch_rows: int = 32,
+) -> list[Generated]:
+    """Continue each prompt; the order of answers is that of the prompts.
+
+    Args:
+        prompts: non-empty id lists; they are padded on the left inside a batch, masked by length.
+        stop_ids: ids that end an answer.
+        batch_rows: prompts per forward pass.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
+    answers: list[Generated | None] = [None] * len(prompts)
+    with _generating(model):
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        for start in range(0, len(order), batch_rows):
+            chosen = order[start : start + batch_rows]
+            batch = _generate_batch(model, [prompts[i] for i in chosen], stop_ids, sampling)
+            for i, answer in zip(chosen, batch, strict=True):
+                answers[i] = answer
+    return [answer for answer in answers if answer is not None]
+
+
+def _generate_batch(
+    model: nn.Module, prompts: list[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling
+) -> list[Generated]:
+
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids_BT = torch.full((len(prompts), width), stop_ids[0], dtype=torch.int64)
+    mask_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        ids_BT[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[i, width - len(prompt) :] = 1
+    out_BT = model.generate(  # type: ignore[operator]  # a transformers or PEFT model
+        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=_settings(stop_ids, sampling)
+    )
+    return [_cut(row, stop_ids) for row in out_BT[:, width:].tolist()]
+
+
+def _settings(stop_ids: Sequence[int], sampling: Sampling) -> Any:
+    """A transformers GenerationConfig."""
+    from transformers import GenerationConfig
+
+    settings: dict[str, Any] = {"do_sample": sampling.temperature > 0, "use_cache": True}
+    if sampling.temperature > 0:
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+        repetition_penalty=sampling.repetition_penalty,
+        **settings,
+    )
+
+
+def stream(model: nn.Module, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    """Continue one prompt, yielding each new id as it is chosen; the stop id is not yielded."""
+    tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            with _generating(model):
+                if sampling.seed is not None:
+                    torch.manual_seed(sampling.seed)
+                ids_BT = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+                model.generate(  # type: ignore[operator]  # a transformers or PEFT model
+                    input_ids=ids_BT,
+                    attention_mask=torch.ones_like(ids_BT),
+                    generation_config=_settings(stop_ids, sampling),
+                    streamer=_QueueStreamer(tokens, len(prompt)),
+                )
+        except BaseException as error:  # noqa: BLE001  # handed to the thread that reads, and raised there
+            tokens.put(error)
+        tokens.put(None)
+
+    # transformers pushes tokens; a thread turns that into an iterator.
+    threading.Thread(target=work, daemon=True).start()
+    while (token := tokens.get()) is not None:
+        if isinstance(token, BaseException):
+            raise token
+        if token in stop_ids:
+            continue
+        yield token
+
+
+class _QueueStreamer:
+    """transformers' streamer interface: `put` gets the prompt first, then each new id."""
+
+    def __init__(self, tokens: queue.SimpleQueue[int | BaseException | None], prompt_length: int) -> None:
+        self._tokens = tokens
+        self._skip = prompt_length
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate with ids on the CPU."""
+        ids = value.flatten().tolist()
+        skipped = min(self._skip, len(ids))
+        self._skip -= skipped
+        for token in ids[skipped:]:
+            self._tokens.put(token)
+
+    def end(self) -> None:
+        """Called when generation ends; the worker puts the end mark itself."""
+
+
+def _cut(ids: list[int], stop_ids: Sequence[int]) -> Generated:
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return Generated(ids[:position], stopped=True)
+    return Generated(ids, stopped=False)
+
+
+@contextmanager
+def _generating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients and without activation checkpointing (which switches the KV cache off)."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,157 @@
+"""What a model folder holds, read without torch: config.json, weight files, nothing executed.
+
+`resolve_folder` turns model.path into a local folder; `inspect_folder` refuses what cannot or must not be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fitune.errors import ConfigError
+
+MAX_CONFIG_BYTES = 4_000_000
+# A hostile config.json must not make us allocate: these are ten times the largest published models.
+LIMITS = {"vocab_size": 10_000_000, "hidden_size": 200_000, "num_hidden_layers": 2_000, "intermediate_size": 2_000_000}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Facts of one model folder.
+
+    Attributes:
+        config: config.json.
+        model_type: its `model_type`.
+        weight_files: names inside the folder, all of one format.
+        weights_format: "safetensors" or "bin".
+    """
+
+    config: dict[str, Any]
+    model_type: str
+    weight_files: tuple[str, ...]
+    weights_format: str
+
+
+def embedded_path() -> Path:
+    """Folder of the base model that comes with fitune."""
+    return Path(__file__).parent.parent / "embedded"
+
+
+def resolve_folder(path: str) -> Path:
+    """Local folder of `embedded`, of a local path, or of a hub id (downloaded if needed).
+
+    Raises:
+        ConfigError: neither a folder nor a hub id that can be had.
+    """
+    if path == "embedded":
+        return embedded_path()
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise ConfigError(f"model.path {path!r} is a file; give the folder that holds config.json and the weights")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(
+            f"model.path {path!r}: no such folder. Give an existing folder, a hub id like "
+            "meta-llama/Llama-3.2-1B, or `embedded`"
+        )
+    return _from_hub(path)
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=HUB_PATTERNS))
+        if not any(folder.glob("*.safetensors")):  # an old repository: only then fetch .bin files
+            folder = Path(snapshot_download(repo, allow_patterns=[*HUB_PATTERNS, "pytorch_model*.bin"]))
+    except HFValidationError as error:
+        raise ConfigError(f"model.path {repo!r} is neither a folder nor a valid hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model.path {repo!r} is no local folder, and the hub did not give it ({reason:.200}). Check the name, the "
+            "network (HF_ENDPOINT selects a mirror) and, for gated models, `hf auth login`"
+        ) from error
+    return folder
+
+
+def inspect_folder(folder: Path) -> ModelFolder:
+    """Check config.json and list the weight files.
+
+    Raises:
+        ConfigError: missing or damaged files, remote code, unknown quantization, absurd sizes.
+    """
+    config = _read_json(folder / "config.json")
+    if "auto_map" in config:
+        raise ConfigError(
+            f"{folder}: config.json wants code from the model repository (auto_map), which fitune never runs. Use a "
+            "version of the model that transformers supports by itself"
+        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{folder}/config.json: `model_type` is missing; it names the architecture")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(f"{folder}: the weights are already quantized ({method}); give the 16- or 32-bit model")
+    for key, limit in LIMITS.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or not 0 < value <= limit):
+            raise ConfigError(f"{folder}/config.json: `{key}` is {value!r}; allowed: 1 to {limit}")
+    for pattern, weights_format in (("*.safetensors", "safetensors"), ("pytorch_model*.bin", "bin")):
+        files = _weight_files(folder, pattern)
+        if files:
+            return ModelFolder(config, model_type, files, weights_format)
+    raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files from one model folder into another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _weight_files(folder: Path, pattern: str) -> tuple[str, ...]:
+    found = sorted(file.name for file in folder.glob(pattern))
+    for index in folder.glob(pattern + ".index.json"):
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ConfigError(f"{index}: `weight_map` is missing")
+        absent = sorted(set(listed.values()) - set(found))
+        if absent:
+            raise ConfigError(f"{folder}: {len(absent)} weight files are missing ({absent[0]}); download them again")
+        return tuple(sorted(set(listed.values())))
+    empty = [name for name in found if (folder / name).stat().st_size == 0]
+    if empty:
+        raise ConfigError(f"{folder / empty[0]}: is empty; download it again")
+    return tuple(found)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES and file.name == "config.json":
+            raise ConfigError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; this is no model configuration")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); is this a model folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: must hold a JSON object")
+    return value

@@ -1,0 +1,168 @@
+"""A model folder or hub id -> a transformers model of ours, checked before a byte of weight is read.
+
+No code from a model repository runs: `auto_map` is refused, weights come from safetensors, or from .bin files
+through `torch.load(weights_only=True, mmap=True)`, which stands in this module and nowhere else.
+
+    base = load_base("embedded", "fp32", "cpu")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fitune.errors import ConfigError
+from fitune.model.folder import inspect_folder
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: frozen, in eval mode.
+        folder: where it was read from.
+        model_type: config.json's `model_type`.
+        vocab_size: rows of the embedding.
+        fingerprint: identifies the weights; adapters record it.
+    """
+
+    model: nn.Module
+    folder: Path
+    model_type: str
+    vocab_size: int
+    fingerprint: str
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Turn train.device into a device; `auto` is cuda if there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but PyTorch sees no CUDA device here; use train.device=cpu or auto")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def pick_dtype(wanted: str | None, device: torch.device) -> str:
+    """Turn model.dtype into a name of `DTYPES`."""
+    if wanted is not None:
+        return wanted
+    if device.type != "cuda":
+        return "fp32"
+    # Emulated bf16 (T4, 20xx) is slower than fp16 and is not what anybody wants by default.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
+    """Load the weights of `folder`, frozen.
+
+    Args:
+        folder: a local model folder (see `model.folder.resolve_folder`).
+        dtype: storage and compute dtype, a key of `DTYPES`.
+
+    Raises:
+        ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
+    Memory: parameters * bytes(dtype), plus one shard while it is read.
+    """
+    import transformers
+
+    raw = inspect_folder(folder)
+    # Progress bars and load reports of the library would tear through our own display; our errors say more.
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: model_type {raw.model_type!r} is not a causal language model that transformers "
+            f"{transformers.__version__} knows; check config.json or update transformers"
+        ) from error
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
+    try:
+        if raw.weights_format == "safetensors":
+            options |= {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}
+            model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
+        else:
+            state = _read_bin(folder, raw.weight_files)
+            model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
+            model = model.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
+    _check_report(folder, model, report)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model.eval()
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Base(model, folder, raw.model_type, rows, fingerprint(folder, raw.weight_files))
+
+
+def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
+    """transformers fills missing weights with random numbers; that must never pass for a trained model."""
+    missing = sorted(report.get("missing_keys") or ())
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [key for key in missing if not any(re.search(pattern, key) for pattern in tied)]
+    if missing or mismatched:
+        kind, keys = ("missing", missing) if missing else ("of another shape than config.json says", mismatched)
+        raise ConfigError(
+            f"{folder}: {len(keys)} weights are {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}); "
+            "the folder is incomplete or belongs to another model"
+        )
+
+
+def _read_bin(folder: Path, files: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for name in files:
+        try:
+            part = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # unpickling raises anything; each means: not usable
+            raise ConfigError(
+                f"{folder / name}: cannot be read as plain weights ({_first_line(error)}). Files that need code to "
+                "load are refused; convert the model to safetensors"
+            ) from error
+        if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
+            raise ConfigError(f"{folder / name}: is no plain dictionary of tensors; convert it to safetensors")
+        state |= part
+    return state
+
+
+def fingerprint(folder: Path, weight_files: tuple[str, ...]) -> str:
+    """Identify weights in milliseconds: sha256 over sizes, headers and 64 evenly spaced blocks of each file.
+
+    It tells models apart; it is not a proof against tampering (a full hash of 16 GB would cost half a minute).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weight_files):
+        size = (folder / name).stat().st_size
+        digest.update(f"{size}\n".encode())
+        with (folder / name).open("rb") as file:
+            for block in range(64):
+                file.seek(size * block // 64)
+                digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters, tied weights once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _first_line(error: Exception) -> str:
+    return json.dumps(str(error).strip().split("\n")[0], ensure_ascii=False)[1:-1][:300]

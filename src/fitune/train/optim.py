@@ -1,0 +1,182 @@
+"""AdamW on master weights, learning-rate schedules, loss scaling.
+
+Three dtypes, kept apart: parameters are stored as the model has them; masters and Adam's states in
+train.optimizer_dtype (fp32 unless asked); gradients are accumulated in the masters' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitune.config import TrainConfig
+from fitune.errors import CheckpointError, MissingDependencyError
+
+MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MasterOptimizer:
+    """AdamW over master copies of the trainable parameters.
+
+    A parameter that already has the masters' dtype is its own master. For the others every gradient is moved to
+    the master as soon as autograd has finished it, so that micro batches accumulate in fp32 and no second set of
+    16-bit gradients stays alive.
+
+    Args:
+        parameters: trainable parameters by name.
+        config: optimizer, its dtype, betas, epsilon, weight decay.
+    Memory: 12 bytes per trainable parameter in fp32 (master or parameter, two states), 16 with its gradient.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+        dtype = MASTER_DTYPES[config.optimizer_dtype]
+        self.parameters = dict(parameters)
+        self.masters: dict[str, nn.Parameter] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == dtype:
+                self.masters[name] = parameter
+                continue
+            master = nn.Parameter(parameter.detach().to(dtype))
+            parameter.register_post_accumulate_grad_hook(_moves_gradient_to(master))  # type: ignore[no-untyped-call]
+            self.masters[name] = master
+        self._adam = _build_adam(list(self.masters.values()), config)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Accumulated gradients of all masters that have one."""
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    def step(self, learning_rate: float) -> None:
+        """Update masters, then the parameters they stand for."""
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._adam.step()
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                if master is not self.parameters[name]:
+                    self.parameters[name].copy_(master)
+
+    def zero(self) -> None:
+        """Drop all gradients."""
+        for master in self.masters.values():
+            master.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything a resumed run needs, as tensors: `name/exp_avg`, `name/step`, `name/master`, ..."""
+        tensors: dict[str, torch.Tensor] = {}
+        states = self._adam.state
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                tensors[f"{name}/master"] = master.detach()
+            for key, value in states.get(master, {}).items():
+                tensors[f"{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            CheckpointError: tensors belong to other parameters.
+        """
+        by_name: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.masters}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("/")
+            if name not in by_name:
+                raise CheckpointError(f"optimizer state for {name!r}, which this run does not train")
+            by_name[name][part] = tensor
+        with torch.no_grad():
+            for name, parts in by_name.items():
+                master = self.masters[name]
+                stored = parts.pop("master", None)
+                if (stored is None) != (master is self.parameters[name]):
+                    raise CheckpointError(f"optimizer state of {name!r} has another dtype than train.optimizer_dtype")
+                if stored is not None:
+                    master.copy_(stored)
+                    self.parameters[name].copy_(master)
+                self._adam.state[master] = _restored(parts, master)
+
+
+def _restored(parts: Mapping[str, torch.Tensor], master: nn.Parameter) -> dict[str, Any]:
+    # Fused Adam keeps its step counter on the parameter's device; bitsandbytes keeps a Python int.
+    state: dict[str, Any] = {key: value.to(master.device) for key, value in parts.items()}
+    if "state1" in state and "step" in state:
+        state["step"] = int(state["step"])
+    return state
+
+
+def _moves_gradient_to(master: nn.Parameter) -> Any:
+    def move(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return move
+
+
+def _build_adam(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(masters, fused=True, **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingDependencyError(
+            "train.optimizer=adamw8bit needs bitsandbytes: pip install 'fitune[bnb]', or use train.optimizer=adamw"
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(masters, **settings)  # type: ignore[no-any-return]
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) out of `total_steps`."""
+    peak = config.learning_rate
+    assert peak is not None, "resolved"
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return peak * (1 - progress)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for fp16 arithmetic (arXiv:1710.03740); stays 1 for other dtypes.
+
+    On overflow the step is computed again with half the scale instead of being lost: its randomness is a function
+    of the step, so only the scale differs.
+    """
+
+    scale: float
+    good_steps: int = 0
+    growth_interval: int = 1000
+
+    @classmethod
+    def for_dtype(cls, dtype: str) -> LossScale:
+        """65,536 for fp16, 1 otherwise."""
+        return cls(2.0**16 if dtype == "fp16" else 1.0)
+
+    def can_shrink(self) -> bool:
+        """True while a smaller scale could still help."""
+        return self.scale > 1
+
+    def shrink(self) -> None:
+        """After an overflow."""
+        self.scale, self.good_steps = max(1.0, self.scale / 2), 0
+
+    def grew_after_step(self, enabled: bool) -> None:
+        """After an applied step; doubles every `growth_interval` of them when `enabled`."""
+        self.good_steps += 1
+        if enabled and self.good_steps >= self.growth_interval:
+            self.scale, self.good_steps = min(self.scale * 2, 2.0**24), 0

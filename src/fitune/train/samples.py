@@ -1,0 +1,61 @@
+"""A few held-out prompts answered before and after training, for the report and for the person watching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fitune.data.prepare import Row
+from fitune.infer.generate import Sampling, generate
+from fitune.train.session import Session
+
+NUM_SAMPLES = 4
+MAX_PROMPT_TOKENS = 512
+TEXT_PROMPT_TOKENS = 16
+FILE = "samples.json"
+
+
+def write_before(session: Session) -> None:
+    """Answer the sample prompts with the untrained model and store them."""
+    rows = _rows(session)
+    entries: list[dict[str, Any]] = []
+    for row, answer in zip(rows, _answers(session, rows), strict=True):
+        split = prompt_length(row)
+        entries.append(
+            {
+                "source": row.source,
+                "prompt": session.tokenizer.decode(list(row.input_ids[:split])),
+                "reference": session.tokenizer.decode(list(row.input_ids[split:])),
+                "before": answer,
+            }
+        )
+    session.folder.write_json(FILE, entries)
+
+
+def write_after(session: Session) -> None:
+    """Answer the same prompts with the published weights."""
+    rows = _rows(session)
+    entries = session.folder.read_json(FILE)
+    for entry, answer in zip(entries, _answers(session, rows), strict=True):
+        entry["after"] = answer
+    session.folder.write_json(FILE, entries)
+
+
+def prompt_length(row: Row) -> int:
+    """Tokens before the first supervised one; for raw text a short opening."""
+    first = row.learn.find(1)
+    return first if first > 1 else min(TEXT_PROMPT_TOKENS, max(1, row.num_tokens // 2))
+
+
+def _rows(session: Session) -> list[Row]:
+    rows = session.dataset.eval or session.dataset.train
+    short = [row for row in rows if prompt_length(row) <= MAX_PROMPT_TOKENS]
+    return [short[i * len(short) // NUM_SAMPLES] for i in range(min(NUM_SAMPLES, len(short)))]
+
+
+def _answers(session: Session, rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    prompts = [list(row.input_ids[: prompt_length(row)]) for row in rows]
+    sampling = Sampling(max_new_tokens=min(128, session.config.data.max_length))
+    answers = generate(session.model, prompts, session.tokenizer.stop_ids, sampling)
+    return [session.tokenizer.decode(answer.ids) for answer in answers]

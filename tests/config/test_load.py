@@ -1,0 +1,134 @@
+"""Loading, overriding, checking, explaining."""
+
+import pytest
+
+from fitune.config import build, dump, leaves, load
+from fitune.config.load import every_key
+from fitune.errors import ConfigError
+
+MINIMAL = {"model": {"path": "embedded"}}
+
+
+def test_only_the_model_is_required():
+    config = build(MINIMAL, name="demo")
+    assert config.output.dir == "runs/demo"
+    assert config.method.name == "lora"
+    assert config.train.global_batch_rows == 16
+    assert config.train.learning_rate == 2e-4
+    assert config.train.micro_batch_rows == 4 and config.train.micro_batch_tokens is None
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-4), ("full", 2e-5), ("bitfit", 1e-3)])
+def test_learning_rate_depends_on_the_method(method, rate):
+    assert build({**MINIMAL, "method": {"name": method}}).train.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "`model.path` is required"),
+        ({"model": {}}, "`model.path` is required"),
+        ({**MINIMAL, "trian": {}}, "unknown key `trian`; did you mean `train`"),
+        ({**MINIMAL, "train": {"learning_rat": 1}}, "did you mean `train.learning_rate`"),
+        ({**MINIMAL, "train": {"r": 1}}, "did you mean `method.r`"),
+        ({**MINIMAL, "method": {"rank": 1}}, "unknown key `method.rank`"),
+        ({**MINIMAL, "method": {"name": "lroa"}}, "'lroa'; allowed: lora, full, bitfit"),
+        ({**MINIMAL, "method": {"name": "full", "r": 8}}, "unknown key `method.r`"),
+        ({**MINIMAL, "method": {"r": 0}}, "`method.r` is 0: input should be greater than 0"),
+        ({**MINIMAL, "method": {"target_modules": []}}, "adapts nothing"),
+        ({**MINIMAL, "train": {"epochs": -1}}, "`train.epochs` is -1"),
+        ({**MINIMAL, "train": {"learning_rate": float("nan")}}, "`train.learning_rate` is nan"),
+        ({**MINIMAL, "train": {"schedule": "cosin"}}, "'constant', 'linear' or 'cosine'"),
+        ({**MINIMAL, "train": 5}, "`train` is 5"),
+        ({**MINIMAL, "data": {"eval": 0.9}}, "above 0 and at most 0.5"),
+        ({**MINIMAL, "data": {"max_length": 2}}, "`data.max_length` is 2"),
+        ({**MINIMAL, "train": {"global_batch_rows": 4, "global_batch_tokens": 4}}, "keep one"),
+        ({**MINIMAL, "train": {"micro_batch_tokens": 4096}}, "data.packing is false"),
+        ({**MINIMAL, "data": {"packing": True}, "train": {"micro_batch_rows": 2}}, "data.packing is true"),
+        ({**MINIMAL, "data": {"packing": True}, "train": {"micro_batch_tokens": 64}}, "less than data.max_length"),
+        ({**MINIMAL, "train": {"optimizer_dtype": "fp16"}}, "smallest fp16 number is 6e-8"),
+        ({**MINIMAL, "train": {"optimizer_dtype": "fp16", "adam_epsilon": 5e-8}}, "epsilon becomes 0"),
+        ({**MINIMAL, "train": {"optimizer": "adamw8bit", "optimizer_dtype": "bf16"}}, "8-bit"),
+    ],
+)
+def test_a_mistake_is_explained(tree, message):
+    with pytest.raises(ConfigError) as caught:
+        build(tree)
+    assert message in str(caught.value)
+
+
+def test_epsilon_that_fp16_can_hold_is_accepted():
+    assert build({**MINIMAL, "train": {"optimizer_dtype": "fp16", "adam_epsilon": 1e-5}}).train.adam_epsilon == 1e-5
+
+
+def test_overrides_are_yaml(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model:\n  path: embedded\ntrain:\n")
+    overrides = ["train.learning_rate=1e-4", "method.target_modules=[q_proj, v_proj]", "train.max_steps=null"]
+    config = load(file, overrides)
+    assert config.train.learning_rate == 1e-4
+    assert config.method.target_modules == ("q_proj", "v_proj")
+    assert config.output.dir == "runs/a"
+
+
+@pytest.mark.parametrize("override", ["learning_rate=1", "train.learning_rate", "a.b.c=1", ".x=1", "train.seed=[1"])
+def test_bad_overrides(tmp_path, override):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {path: embedded}")
+    with pytest.raises(ConfigError, match="override"):
+        load(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("a: 1\na: 2\n", "given twice"),
+        ("a: &x 1\nb: *x\n", "aliases"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(file)
+    assert str(file) in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load(tmp_path / "latin.yaml")
+    (tmp_path / "big.yaml").write_bytes(b"#" * 1_000_001)
+    with pytest.raises(ConfigError, match="larger than"):
+        load(tmp_path / "big.yaml")
+
+
+def test_dump_loads_back_equal(tmp_path):
+    config = build({**MINIMAL, "method": {"name": "full"}, "data": {"eval": 0.1, "packing": True}})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config))
+    assert load(file) == config
+    assert leaves(config)["data.eval"] == 0.1
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        build(MINIMAL).train.seed = 3  # type: ignore[misc]
+
+
+def test_keys_are_frozen():
+    """Renaming or removing a key breaks users' files; adding one is a decision: then change this list."""
+    assert len(list(every_key())) <= 60
+    needed = """model.path model.dtype model.quantization method.name method.r method.alpha method.dropout
+    method.target_modules data.train data.eval data.format data.template data.max_length data.packing data.on_bad_rows
+    train.epochs train.max_steps train.global_batch_rows train.global_batch_tokens train.micro_batch_rows
+    train.micro_batch_tokens train.learning_rate train.schedule train.warmup_steps train.weight_decay
+    train.max_grad_norm train.optimizer train.optimizer_dtype train.adam_epsilon train.seed train.deterministic
+    train.activation_checkpointing train.save_every_steps train.eval_every_steps train.keep_checkpoints
+    memory.budget output.dir""".split()
+    assert set(needed) <= set(every_key())
