@@ -98,7 +98,7 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
             state = _read_bin(folder, raw.weight_files)
             model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
             model = model.to(device)
-    except torch.OutOfMemoryError:
+    except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
@@ -132,9 +132,10 @@ def _read_bin(folder: Path, files: tuple[str, ...]) -> dict[str, torch.Tensor]:
         try:
             part = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # unpickling raises anything; each means: not usable
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it wants to run {wanted[1]}" if wanted else "it is damaged or no weight file"
             raise ConfigError(
-                f"{folder / name}: cannot be read as plain weights ({_first_line(error)}). Files that need code to "
-                "load are refused; convert the model to safetensors"
+                f"{folder / name}: refused, {reason}. Only plain tensors are read; convert the model to safetensors"
             ) from error
         if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
             raise ConfigError(f"{folder / name}: is no plain dictionary of tensors; convert it to safetensors")

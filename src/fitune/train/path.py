@@ -85,7 +85,9 @@ def enable_checkpointing(model: nn.Module) -> None:
     gradient and nothing below the first trainable parameter is computed backwards.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Renamed within transformers 5; the old name goes with version 6.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def check_packing(model: nn.Module, device: torch.device, rows: list[Row]) -> None:

@@ -1,0 +1,152 @@
+"""Model folders: what loads, what is refused before weights are read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fitune.errors import ConfigError
+from fitune.model.folder import inspect_folder, resolve_folder
+from fitune.model.load import load_base, pick_device, pick_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def edit(folder, **keys):
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_loads_frozen_in_its_dtype(tiny, dtype, expected):
+    base = load_base(tiny, dtype, CPU)
+    assert {p.dtype for p in base.model.parameters()} == {expected}
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert not base.model.training
+    assert (base.model_type, base.vocab_size) == ("llama", 128)
+
+
+def test_bin_files_load_without_running_code(copy):
+    expected = load_base(copy, "fp32", CPU).model.state_dict()
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    loaded = load_base(copy, "fp32", CPU)
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_a_pickle_that_runs_code_is_refused(copy, capsys):
+    torch.save({"w": Evil()}, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"refused, it wants to run (builtins\.)?print"):
+        load_base(copy, "fp32", CPU)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_fingerprint_tells_weights_apart(copy):
+    first = load_base(copy, "fp32", CPU).fingerprint
+    assert load_base(copy, "bf16", CPU).fingerprint == first, "of the files, not of the dtype"
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][5] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert load_base(copy, "fp32", CPU).fingerprint != first
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 weights are missing \(model.layers.1.mlp.up_proj.weight\)"):
+        load_base(copy, "fp32", CPU)
+
+
+def test_weights_of_another_shape_are_refused(copy):
+    edit(copy, intermediate_size=80)
+    with pytest.raises(ConfigError, match="shape|size"):
+        load_base(copy, "fp32", CPU)
+
+
+def test_damaged_weights_are_refused(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match="damaged or cut short|cannot be loaded"):
+        load_base(copy, "fp32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "wants code from the model repository"),
+        ({"model_type": ...}, "`model_type` is missing"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
+        ({"vocab_size": 10**9}, "`vocab_size` is 1000000000; allowed: 1 to"),
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` is -1"),
+        ({"hidden_size": "64"}, "`hidden_size` is '64'"),
+    ],
+)
+def test_configurations_that_are_refused_unread(copy, keys, message):
+    edit(copy, **keys)
+    with pytest.raises(ConfigError, match=message):
+        inspect_folder(copy)
+
+
+def test_unknown_architecture(copy):
+    edit(copy, model_type="notamodel")
+    with pytest.raises(ConfigError, match="'notamodel' is not a causal language model"):
+        load_base(copy, "fp32", CPU)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": ' * 3])
+def test_damaged_config(copy, text):
+    (copy / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        inspect_folder(copy)
+
+
+def test_missing_files(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no weights"):
+        inspect_folder(copy)
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(ConfigError, match=r"1 weight files are missing \(model-1.safetensors\)"):
+        inspect_folder(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match="is empty"):
+        inspect_folder(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        inspect_folder(copy)
+
+
+def test_paths(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        resolve_folder(str(file))
+    for path in ("./none", "/none/at/all", "nothing", "a/b/c"):
+        with pytest.raises(ConfigError, match="no such folder"):
+            resolve_folder(path)
+    with pytest.raises(ConfigError, match="neither a folder|hub did not give it"):
+        resolve_folder("nobody/nothing-like-this")
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    assert pick_dtype(None, CPU) == "fp32"
+    assert pick_dtype("bf16", CPU) == "bf16"
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        pick_device("cuda")
