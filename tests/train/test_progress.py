@@ -74,8 +74,8 @@ def test_plain_output_of_a_slow_run_has_a_line_every_15_seconds() -> None:
 
 
 def test_plain_output_of_a_very_long_run_thins_to_a_line_a_minute() -> None:
-    lines = drive(plain(), 100_000, seconds=10).splitlines()
-    assert len(lines) < 100_000 * 10 / 60 + 400
+    lines = drive(plain(), 20_000, seconds=10).splitlines()
+    assert len(lines) < 20_000 * 10 / 60 + 400
 
 
 @pytest.mark.parametrize(("total", "start", "lines"), [(1, 0, 1), (2, 1, 1), (10, 9, 1), (3, 0, 3)])
@@ -226,6 +226,12 @@ def test_seconds(seconds: float, text: str) -> None:
 
 def test_number_formats() -> None:
     assert [loss_text(loss) for loss in (0, 2.31449, 0.00042)] == ["0.000", "2.314", "4.2e-4"]
-    assert [perplexity_text(loss) for loss in (0, 2.1, 7.5, 20, 1e9)] == ["1", "8.17", "1,808", "4.85e8", "over 1e21"]
+    assert [perplexity_text(loss) for loss in (0, 2.1, 7.5, 20, 1e9)] == [
+        "1.00",
+        "8.17",
+        "1,808",
+        "4.85e8",
+        "over 1e21",
+    ]
     assert [bytes_text(size) for size in (5_250_000, 3_210_000_000)] == ["5.2 MB", "3.21 GB"]
     assert number({"a": 10**400}, "a") is None

@@ -57,7 +57,7 @@ def perplexity_text(loss: float) -> str:
         return "over 1e21"
     value = math.exp(loss)
     if value < 1e6:
-        return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+        return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
     return scientific(value)
 
 
