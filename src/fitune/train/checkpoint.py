@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from fitune.errors import CheckpointError
-from fitune.train.disk import discard, disk_error, files_in, replace_folder, tree_bytes, writing
+from fitune.train.disk import discard, disk_error, files_in, make_parents, replace_folder, tree_bytes, writing
 from fitune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def commit(folder: RunFolder, step: int, write: Callable[[Path], None], facts: M
     Returns:
         checkpoints/step_000500.
     Raises:
-        DiskError: the disk refused; earlier checkpoints are untouched and training may go on.
+        CheckpointError: the disk refused; earlier checkpoints are untouched and training may go on.
     """
     target = _path(folder, step)
     plain_facts = json.loads(json.dumps(dict(facts)))  # what a reader will see: string keys, lists
@@ -77,6 +77,7 @@ def commit(folder: RunFolder, step: int, write: Callable[[Path], None], facts: M
         (temp / MANIFEST).write_bytes(_seal(manifest))
 
     folder.sync_metrics()
+    make_parents(target)
     before = steps(folder)
     need_bytes = tree_bytes(_path(folder, before[-1])) if before else 0
     replace_folder(target, fill, need_bytes)
@@ -250,8 +251,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], require_finite
         tensors: read only; names are kept.
         require_finite: refuse nan and inf instead of storing them.
     Raises:
-        CheckpointError: a tensor is not finite, by name; nothing is written.
-        DiskError: the disk refused.
+        CheckpointError: a tensor is not finite, by name, and nothing is written; or the disk refused.
     Memory: CPU copies of the tensors that are on another device, not contiguous, or share their storage.
     """
     from safetensors.torch import save_file
@@ -275,14 +275,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], require_finite
         mode = stat.S_IMODE(path.stat().st_mode)
         save_file(copies, path)
         path.chmod(mode)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise disk_error(error, path, need_bytes) from error
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise CheckpointError(f"cannot write {path}: {error}") from error
-        cause = OSError(int(number[1]), os.strerror(int(number[1])))
-        raise disk_error(cause, path, need_bytes) from cause
 
 
 def _num_non_finite(tensor: torch.Tensor) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fitune.errors import CheckpointError
 
 LEFTOVER = re.compile(r"\.(tmp|old|trash)-(.+)-\d+")
@@ -35,33 +37,27 @@ REASONS = {
 }
 
 
-class DiskError(CheckpointError):
-    """The disk refused a write; what was there before is untouched, and a later try may succeed."""
+def disk_error(error: Exception, path: Path, need_bytes: int = 0) -> CheckpointError:
+    """Say what the disk refused at `path`, with bytes needed and free where space may be the cause.
 
-    need_bytes = 0
-
-
-def disk_error(error: OSError | DiskError, path: Path, need_bytes: int = 0) -> DiskError:
-    """Say what the disk refused at `path`, with bytes needed and free where space may be the cause."""
-    cause = _cause(error)
-    need_bytes = max(need_bytes, error.need_bytes if isinstance(error, DiskError) else 0)
-    number = cause.errno if isinstance(cause, OSError) else None
-    reason = REASONS.get(number or 0) or (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+    Args:
+        error: OSError, or SafetensorError, which hides one in its text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (hidden := re.search(r"os error (\d+)", str(error))):
+        number = int(hidden[1])
+    if number is None:
+        return CheckpointError(f"disk: cannot write {path}: {error}")
+    reason = REASONS.get(number) or os.strerror(number)
     if number in FULL or need_bytes:
         reason += f"; about {_amount(need_bytes)} needed, {_amount(free_bytes(path))} free"
     advice = "free some space, or " if number in FULL else "make it writable, or " if number in READ_ONLY else ""
-    raised = DiskError(f"disk: cannot write {path}: {reason}; {advice}choose another output.dir")
-    raised.need_bytes = need_bytes
-    return raised
-
-
-def _cause(error: OSError | DiskError) -> BaseException | None:
-    return error if isinstance(error, OSError) else error.__cause__
+    return CheckpointError(f"disk: cannot write {path}: {reason}; {advice}choose another output.dir")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the DiskError that names `path`."""
+    """Turn an OSError of the block into the CheckpointError that says `disk` and names `path`."""
     try:
         yield
     except OSError as error:
@@ -173,10 +169,10 @@ def replace_folder(target: Path, fill: Callable[[Path], None], need_bytes: int =
 
     Args:
         target: its parent must exist. An old `target` is replaced if `replace`, else it must be missing or empty.
-        fill: puts files and folders into the folder it is given.
+        fill: puts files and folders into the folder it is given; its own errors pass through.
         need_bytes: expected size, for the message when the disk is full.
     Raises:
-        DiskError: `target` is what it was (or, if only the last fsync failed, the new one); nothing else is left.
+        CheckpointError: the disk refused. `target` is what it was (or, if only the last fsync failed, the new one).
     """
     temp = beside(target, "tmp")
     remove(temp)
@@ -185,10 +181,10 @@ def replace_folder(target: Path, fill: Callable[[Path], None], need_bytes: int =
         fill(temp)
         sync_tree(temp)
         _swap_in(temp, target, replace)
-    except (OSError, DiskError) as error:
+    except (OSError, SafetensorError) as error:
         written = tree_bytes(temp)
         remove(temp)  # first, so that the free bytes of the message are those of the next try
-        raise disk_error(error, target, max(need_bytes, written)) from _cause(error)
+        raise disk_error(error, target, max(need_bytes, written)) from error
     finally:
         remove(temp)
 
@@ -234,22 +230,28 @@ def recover(parent: Path, wanted: Callable[[str, Path], bool] = lambda name, lef
 
 
 def preflight(target: Path, need_bytes: int = 0) -> None:
-    """Ask for free space, make the parents of `target` and write a probe beside it, before any work is done.
+    """Ask for free space and write a probe where `target` will be, before any work is done; nothing stays behind.
 
     Raises:
-        DiskError: too little space, read-only, or no permission.
+        CheckpointError: too little space, read-only, or no permission.
     """
     if free_bytes(target) < need_bytes:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise disk_error(full, target, need_bytes) from full
-    with writing(target):
-        missing = [place for place in target.parents if not place.exists()]
-        for place in reversed(missing):
-            with suppress(FileExistsError):
-                os.mkdir(place)
-            sync(place.parent)
-        probe = beside(target, "tmp")
-        try:
+    nearest = next(place for place in target.absolute().parents if os.path.lexists(place))
+    probe = beside(nearest / target.name, "tmp")
+    try:
+        with writing(target):
             _write_synced(probe, bytes(4096))
-        finally:
-            remove(probe)
+    finally:
+        remove(probe)
+
+
+def make_parents(target: Path) -> None:
+    """Make the missing parents of `target`, each forced to the disk."""
+    with writing(target):
+        for place in reversed(target.absolute().parents):
+            if not place.is_dir():
+                with suppress(FileExistsError):
+                    os.mkdir(place)
+                sync(place.parent)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.errors import CheckpointError, ConfigError
-from fitune.train.disk import DiskError, preflight, recover, replace_folder, sync, write_atomic, writing
+from fitune.train.disk import make_parents, preflight, recover, replace_folder, sync, write_atomic, writing
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -46,14 +46,13 @@ class RunFolder:
             need_bytes: free space this run will need.
         Raises:
             ConfigError: `path` is taken.
-            DiskError: not writable, or too little space.
-            CheckpointError: the run to replace is in use.
+            CheckpointError: not writable, too little space, or the run to replace is in use.
         """
+        cls.check_free(path, replace, need_bytes)
         shown, target = Path(path), _real(Path(path))
+        make_parents(target)
         with ExitStack() as held:
             with writing(shown):
-                _refuse_taken(shown, target, replace)
-                preflight(target, need_bytes)
                 _recover_run(target)
                 _refuse_taken(shown, target, replace)
             if replace and (target / CONFIG).exists():
@@ -66,18 +65,30 @@ class RunFolder:
 
             try:
                 replace_folder(target, fill, replace=replace)
-            except DiskError:
+            except CheckpointError:
                 _refuse_taken(shown, target, replace)  # another process may have made the same run meanwhile
                 raise
         return cls(target)
+
+    @classmethod
+    def check_free(cls, path: str | Path, replace: bool = False, need_bytes: int = 0) -> None:
+        """Refuse early what `create` would refuse, without making anything.
+
+        Raises:
+            ConfigError: `path` is taken.
+            CheckpointError: not writable, or too little space.
+        """
+        shown, target = Path(path), _real(Path(path))
+        with writing(shown):
+            _refuse_taken(shown, target, replace)
+        preflight(target, need_bytes)
 
     @classmethod
     def open(cls, path: str | Path, for_writing: bool = False, need_bytes: int = 0) -> RunFolder:
         """Find an existing run, undoing what a crash left half-replaced.
 
         Raises:
-            CheckpointError: no run folder, with what is missing.
-            DiskError: `for_writing`, and it is not writable or has too little space.
+            CheckpointError: no run folder, with what is missing; or, `for_writing`, not writable or too little space.
         """
         shown, target = Path(path), _real(Path(path))
         with suppress(OSError):
