@@ -12,9 +12,11 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -150,18 +152,18 @@ def write_atomic(path: Path, content: bytes) -> None:
     temp = beside(path, "tmp")
     try:
         with writing(path):
-            _write_synced(temp, content)
+            with open(temp, "wb") as file:
+                _fill_synced(file, content)
             os.replace(temp, path)
             sync(path.parent)
     finally:
         remove(temp)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _fill_synced(file: IO[bytes], content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None], need_bytes: int = 0, replace: bool = True) -> None:
@@ -239,12 +241,8 @@ def preflight(target: Path, need_bytes: int = 0) -> None:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise disk_error(full, target, need_bytes) from full
     nearest = next(place for place in target.absolute().parents if os.path.lexists(place))
-    probe = beside(nearest / target.name, "tmp")
-    try:
-        with writing(target):
-            _write_synced(probe, bytes(4096))
-    finally:
-        remove(probe)
+    with writing(target), tempfile.TemporaryFile(dir=nearest) as probe:  # nameless: a kill leaves nothing either
+        _fill_synced(probe, bytes(4096))
 
 
 def make_parents(target: Path) -> None:

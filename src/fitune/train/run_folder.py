@@ -65,8 +65,9 @@ class RunFolder:
 
             try:
                 replace_folder(target, fill, replace=replace)
-            except CheckpointError:
-                _refuse_taken(shown, target, replace)  # another process may have made the same run meanwhile
+            except CheckpointError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                    _refuse_taken(shown, target, replace)  # another process made the same run meanwhile
                 raise
         return cls(target)
 
@@ -100,7 +101,7 @@ class RunFolder:
             raise CheckpointError(f"{shown} is no run folder: it has no {CONFIG}; give the folder of a fitune run")
         folder = cls(target)
         if for_writing:
-            preflight(target / "probe", need_bytes)
+            preflight(target / CONFIG, need_bytes)
         if any(target.glob(".old-*")) or any(folder.checkpoints.glob(".old-*")):
             with suppress(CheckpointError), folder.lock():
                 pass  # taking the lock recovers; refused, its live writer has it in hand, or the disk is read-only
