@@ -32,9 +32,16 @@ def touching(fault):
 
     def opened(real, reads):
         def call(path, how="r", *args, **options):
-            if not reads(how) and not isinstance(path, int):
-                fault(next(count), "open")
-            return real(path, how, *args, **options)
+            if reads(how) or isinstance(path, int):
+                return real(path, how, *args, **options)
+            fault(next(count), "open")
+            opened = real(path, how, *args, **options)
+            try:
+                fault(next(count), "write")  # the file is there, its content is not
+            except OSError:
+                os.close(opened) if isinstance(opened, int) else opened.close()
+                raise
+            return opened
 
         return call
 

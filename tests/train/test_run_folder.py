@@ -369,6 +369,21 @@ def test_a_failing_writer_changes_nothing(folder):
     assert names_in(folder.path) == []
 
 
+def test_a_failed_rename_puts_the_old_one_back_at_once(folder):
+    """Not only at the next start: this process goes on."""
+    renames = []
+
+    def second_rename(touch, name):
+        renames.extend([name] * (name == "rename"))
+        if renames == ["rename"] * 2 and name == "rename":
+            raise OSError(errno.EIO, "")
+
+    folder.publish("adapter", fill("old"))
+    assert "input/output error" in failing(lambda: folder.publish("adapter", fill("new")), second_rename)
+    assert content(folder.adapter) == "old"
+    assert names_in(folder.path) == []
+
+
 def test_what_is_published_is_old_or_new_after_any_fault(fresh, tmp_path):
     def prepare():
         made = RunFolder.create(fresh() / "x", "")
