@@ -19,7 +19,7 @@ EPILOG = """exit codes: 0 done, 2 configuration, 3 data, 4 out of memory, 5 dive
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is a message, never a traceback."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -32,6 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fitune data ... | head`
         sys.stderr.close()
         return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, letting settings stand before or after options: argparse alone takes them in one place only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    odd = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
+    if odd:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -64,7 +64,7 @@ def resolve_folder(path: str) -> Path:
         return local
     if local.exists():
         raise ConfigError(f"model.path {path!r} is a file; give the folder that holds config.json and the weights")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir():
         raise ConfigError(
             f"model.path {path!r}: no such folder. Give an existing folder, a hub id like "
             "meta-llama/Llama-3.2-1B, or `embedded`"
