@@ -167,7 +167,8 @@ class TrainConfig(Section):
     adam_epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
     seed: int = Field(0, ge=0, lt=2**31, description="Decides sample order, adapter initialisation and dropout.")
     deterministic: bool = Field(
-        False, description="Only deterministic GPU kernels, so that a resumed run is bit-identical. CPU runs always are."
+        False,
+        description="Only deterministic GPU kernels, so that a resumed run is bit-identical. CPU runs always are.",
     )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
@@ -177,7 +178,9 @@ class TrainConfig(Section):
     eval_every_steps: PositiveInt | None = Field(
         None, description="Evaluate every so many steps, besides at the start and the end. None: save_every_steps."
     )
-    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept; the best held-out one is kept besides.")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="Newest checkpoints kept; the best held-out one is kept besides."
+    )
 
 
 class MemoryConfig(Section):
