@@ -33,9 +33,12 @@ class Renderer:
 
     def __init__(self, name: str, source: str, tokens: Mapping[str, str]) -> None:
         self._name = name
-        self._tokens = dict(tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            # What from_string does, but with the globals as one plain dict: rendering copies them each time.
+            self._template = jinja2.Template.from_code(
+                environment, environment.compile(source), {**environment.globals, **tokens}
+            )
         except jinja2.TemplateError as error:
             line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ConfigError(f"template {name}: is not valid jinja: {error}{line}") from error
@@ -52,7 +55,6 @@ class Renderer:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._tokens,
             )
         except _FAULTS as error:
             raise DataError(f"template {self._name} refuses the conversation: {error}") from error

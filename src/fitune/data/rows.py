@@ -6,6 +6,7 @@ Second step of a run's data, after `sources.py`; `prepare.py` puts the rows of a
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,11 @@ class Row:
 
     def digest(self) -> bytes:
         """A hash of ids and marks, the same for identical rows wherever they come from."""
-        ids = ",".join(map(str, self.input_ids)).encode()
-        return hashlib.sha256(ids + b";" + self.learn).digest()
+        ids = self.input_ids
+        if sys.byteorder == "big":
+            ids = ids[:]
+            ids.byteswap()
+        return hashlib.sha256(ids.tobytes() + self.learn).digest()
 
 
 @dataclass(frozen=True, slots=True)

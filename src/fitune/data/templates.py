@@ -266,9 +266,13 @@ def _join(row: Iterable[_Piece], ids: Mapping[tuple[str, bool], list[int]]) -> E
     joined: list[int] = []
     learn = bytearray()
     for part, learnt, at_start in row:
-        piece = [part] if isinstance(part, int) else ids[part, at_start]
-        joined += piece
-        learn += (b"\1" if learnt else b"\0") * len(piece)
+        if isinstance(part, int):
+            joined.append(part)
+            learn.append(learnt)
+        else:
+            piece = ids[part, at_start]
+            joined += piece
+            learn += bytes((learnt,)) * len(piece)
     return Encoded(joined, bytes(learn))
 
 
