@@ -115,11 +115,11 @@ def _turn(name: str, turn: object, problems: list[str]) -> Message:
     if not isinstance(turn, dict):
         problems.append(f"{name}: must be an object, got {describe(turn)}")
         return Message("", "")
-    role_key, text_key = ("role", "content") if "role" in turn else ("from", "value")
+    role_key, text_key = ("from", "value") if turn.keys() & {"from", "value"} else ("role", "content")
     spelled = turn.get(role_key)
     role = ROLES.get(spelled, "") if isinstance(spelled, str) else ""
     if role_key not in turn:
-        problems.append(f"{name}.role: missing")
+        problems.append(f"{name}.{role_key}: missing")
     elif not role:
         given = f"'{spelled}'" if isinstance(spelled, str) else describe(spelled)
         problems.append(f"{name}.{role_key}: unknown role {given}; known are {', '.join(ROLES)}")

@@ -108,8 +108,8 @@ def _line_rows(file: str, stream: BinaryIO, notes: list[str]) -> Iterator[Record
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 2):
         number += 1
-        size = len(line)
-        if size == MAX_ROW_BYTES + 2 and not line.endswith(b"\n"):
+        size = len(line.rstrip(b"\r\n"))
+        if len(line) == MAX_ROW_BYTES + 2 and not line.endswith(b"\n"):
             size += _skip_line(stream)
         if number == 1:
             line = _without_bom(file, line, notes)
@@ -127,7 +127,7 @@ def _line_rows(file: str, stream: BinaryIO, notes: list[str]) -> Iterator[Record
 def _skip_line(stream: BinaryIO) -> int:
     skipped = 0
     while rest := stream.readline(1 << 20):
-        skipped += len(rest)
+        skipped += len(rest.rstrip(b"\r\n"))
         if rest.endswith(b"\n"):
             break
     return skipped
@@ -135,7 +135,7 @@ def _skip_line(stream: BinaryIO) -> int:
 
 def _line_row(decoder: StrictDecoder, number: int, line: bytes, size: int) -> Record:
     content = line.rstrip(b"\r\n")
-    if size > MAX_ROW_BYTES and (len(content) > MAX_ROW_BYTES or size > len(line)):
+    if size > MAX_ROW_BYTES:
         head = content[:4096].decode("utf-8", "replace")
         return Record(number, None, f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}", head)
     try:
