@@ -59,7 +59,7 @@ def real(real_folder):
     return load
 
 
-def write_tokenizer(folder: Path, special=CHATML + LLAMA3, bos_first=False, chat_template=None, **config) -> Path:
+def _write_tokenizer(folder: Path, special=CHATML + LLAMA3, bos_first=False, chat_template=None, **config) -> Path:
     """A byte-level tokenizer without merges, ids 0 pad, 1 bos, 2 eos, then `special`, then the bytes."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
@@ -81,20 +81,26 @@ def write_tokenizer(folder: Path, special=CHATML + LLAMA3, bos_first=False, chat
     return folder
 
 
+@pytest.fixture(scope="session")
+def write_tokenizer():
+    """Writes the tiny tokenizer's files into a folder."""
+    return _write_tokenizer
+
+
 @pytest.fixture
 def make_tokenizer(tmp_path):
     """Makes tiny tokenizers with given settings."""
 
     def make(**settings) -> Tokenizer:
-        return Tokenizer.load(write_tokenizer(tmp_path / f"tokenizer{len(list(tmp_path.iterdir()))}", **settings))
+        return Tokenizer.load(_write_tokenizer(tmp_path / f"tokenizer{len(list(tmp_path.iterdir()))}", **settings))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Tokenizer:
-    """The tiny tokenizer: no chat template, no bos in front."""
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tiny")))
+def toy(tmp_path_factory) -> Tokenizer:
+    """The toy tokenizer: no chat template, no bos in front."""
+    return Tokenizer.load(_write_tokenizer(tmp_path_factory.mktemp("toy")))
 
 
 @pytest.fixture
