@@ -115,7 +115,9 @@ def _python(code: str) -> str:
 
 
 def test_import_and_help_leave_torch_alone():
-    _python("import sys, fitune, fitune.config; assert 'torch' not in sys.modules and 'transformers' not in sys.modules")
+    _python(
+        "import sys, fitune, fitune.config; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     code = "import sys\nfrom fitune.cli import main\ntry:\n main(['--help'])\nexcept SystemExit: pass\n"
     _python(code + "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules")
 
@@ -139,6 +141,10 @@ def test_nothing_of_a_private_machine_is_in_the_tree():
         pytest.skip("not a git checkout")
     for name in listed.stdout.split("\0"):
         file = ROOT / name
-        if file.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".cfg", ""} and file.is_file() and file != Path(__file__):
+        if (
+            file.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".cfg", ""}
+            and file.is_file()
+            and file != Path(__file__)
+        ):
             text = file.read_text(encoding="utf-8", errors="replace")
             assert not re.search(r"/(root|home/\w+|work)/", text), f"{name} names a path of one machine"

@@ -1,6 +1,6 @@
 """Write a randomly initialised Llama-architecture model folder: what `pretrain.yaml` starts from.
 
-    python scripts/embedded/init_model.py --tokenizer build/embedded/tokenizer --out build/embedded/init
+python scripts/embedded/init_model.py --tokenizer build/embedded/tokenizer --out build/embedded/init
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def test_every_row_once_per_epoch():
     steps = plan([5] * 10, global_batch_rows=4, epochs=2)
     assert steps.total_steps == 6
     seen = [steps.step(i) for i in range(6)]
-    assert [(s.epoch, s.index, len(s.rows)) for s in seen] == [(e, i, n) for e in (0, 1) for i, n in enumerate((4, 4, 2))]
+    assert [(s.epoch, s.index, len(s.rows)) for s in seen] == [
+        (e, i, n) for e in (0, 1) for i, n in enumerate((4, 4, 2))
+    ]
     assert sorted(sum((s.rows for s in seen[:3]), ())) == list(range(10))
     assert seen[0].rows != seen[3].rows
 
@@ -87,7 +89,9 @@ def test_micro_batches_hold_each_row_once(packing):
 
 
 def test_a_row_that_cannot_be_packed_is_named():
-    config = build({"model": {"path": "x"}, "data": {"packing": True, "max_length": 8}, "train": {"micro_batch_tokens": 8}})
+    config = build(
+        {"model": {"path": "x"}, "data": {"packing": True, "max_length": 8}, "train": {"micro_batch_tokens": 8}}
+    )
     with pytest.raises(DataError, match="f:1: 9 tokens"):
         list(micro_batches([row(9)], config.data, config.train, 0))
 

@@ -106,7 +106,9 @@ def test_exported_folders_answer_and_stop_in_plain_transformers(trained, tmp_pat
 def test_a_merged_export_is_a_base_for_the_next_run(trained, tmp_path):
     target = fitune.export(trained, tmp_path / "out")
     again = fitune.load(target, device="cpu")
-    assert again.generate("say 3", max_new_tokens=40) == fitune.load(trained, device="cpu").generate("say 3", max_new_tokens=40)
+    assert again.generate("say 3", max_new_tokens=40) == fitune.load(trained, device="cpu").generate(
+        "say 3", max_new_tokens=40
+    )
 
 
 def test_export_does_not_overwrite(trained, tmp_path):

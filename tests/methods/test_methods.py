@@ -106,7 +106,10 @@ def test_bitfit_without_biases_is_refused(tiny):
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [(["q_prj"], "q_prj is no linear layer of this model; allowed: attention, linear, down_proj"), (["lm_head"], "lm_head")],
+    [
+        (["q_prj"], "q_prj is no linear layer of this model; allowed: attention, linear, down_proj"),
+        (["lm_head"], "lm_head"),
+    ],
 )
 def test_unknown_targets_are_refused(tiny, targets, message):
     with pytest.raises(ConfigError, match=message):

@@ -25,7 +25,9 @@ def edit(folder, **keys):
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_loads_frozen_in_its_dtype(tiny, dtype, expected):
     base = load_base(tiny, dtype, CPU)
     assert {p.dtype for p in base.model.parameters()} == {expected}

@@ -92,6 +92,7 @@ def test_the_loss_does_not_depend_on_the_pad_id(tiny, rows_file):
     rows = prepare(config.data, Tokenizer.load(tiny)).train[:4]
     path = PlainPath(load_base(tiny, "fp32", CPU).model, CPU)
     losses = {
-        pad: [path.loss(batch).item() for batch in micro_batches(rows, config.data, config.train, pad)] for pad in (0, 2, 50)
+        pad: [path.loss(batch).item() for batch in micro_batches(rows, config.data, config.train, pad)]
+        for pad in (0, 2, 50)
     }
     assert losses[0] == losses[2] == losses[50]

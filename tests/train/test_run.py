@@ -39,7 +39,15 @@ def test_a_run_leaves_everything_behind(tree, tmp_path):
     folder = tmp_path / "run"
     assert result.step == 6 and result.run == folder
     names = {file.name for file in folder.iterdir()}
-    assert names >= {"config.yaml", "metrics.jsonl", "samples.json", "result.json", "report.html", "adapter", "checkpoints"}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.json",
+        "result.json",
+        "report.html",
+        "adapter",
+        "checkpoints",
+    }
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in metrics(folder, "eval")] == [0, 3, 6]
     assert metrics(folder)[-1]["loss"] < metrics(folder)[0]["loss"]
@@ -117,7 +125,9 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(tree, tmp_path, monkeypa
 
 def test_the_best_held_out_step_is_published(tree, tmp_path):
     """A rate that ruins the model after the first evaluation: the last step is not the best."""
-    result = go(tree, train__learning_rate=0.3, train__max_steps=9, train__schedule="constant", train__eval_every_steps=1)
+    result = go(
+        tree, train__learning_rate=0.3, train__max_steps=9, train__schedule="constant", train__eval_every_steps=1
+    )
     evals = {row["step"]: row["loss"] for row in metrics(result.run, "eval") if row["step"]}
     best = min(evals, key=evals.get)
     assert result.best_step == best
@@ -149,7 +159,9 @@ def test_a_bad_row_is_named_and_its_step_not_applied(tree, tmp_path, monkeypatch
     assert skipped and all(row["rows"] == [f"{rows_file}:5"] for row in skipped)
     assert skipped[0]["reason"] == f"non-finite {value}"
     assert len(metrics(result.run)) + len(skipped) == 6
-    assert all(torch.isfinite(t).all() for t in load_file(result.run / "adapter" / "adapter_model.safetensors").values())
+    assert all(
+        torch.isfinite(t).all() for t in load_file(result.run / "adapter" / "adapter_model.safetensors").values()
+    )
 
 
 def test_repeated_bad_steps_stop_the_run(tree, tmp_path, monkeypatch):
@@ -172,7 +184,8 @@ def test_an_applied_change_takes_effect(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["method.r=8", "train.seed=1", "train.global_batch_rows=8", "data.max_length=32", "train.optimizer_dtype=bf16"]
+    "override",
+    ["method.r=8", "train.seed=1", "train.global_batch_rows=8", "data.max_length=32", "train.optimizer_dtype=bf16"],
 )
 def test_a_change_that_makes_another_run_is_refused(tree, tmp_path, override):
     go(tree)

@@ -21,8 +21,7 @@ from fitune.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
 METHODS: dict[str, type[BaseModel]] = {
-    member.model_fields["name"].annotation.__args__[0]: member
-    for member in get_args(get_args(MethodConfig)[0])
+    member.model_fields["name"].annotation.__args__[0]: member for member in get_args(get_args(MethodConfig)[0])
 }
 
 

@@ -1,0 +1,71 @@
+"""What a data file is made of: messages, examples, and the rows that cannot be used.
+
+The vocabulary of this room; `sources.py` makes these from files, `templates.py` turns messages into ids.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_RAW_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: system, user, assistant or tool.
+        content: the whole text of the turn.
+        instruction: on a user turn from an alpaca row, its `instruction`; `input` likewise. The alpaca template
+            lays the two out apart, every other template uses `content`.
+    """
+
+    role: str
+    content: str
+    instruction: str | None = None
+    input: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One good row: either a conversation or a raw text, and where it stands."""
+
+    file: str
+    line: int
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The row as messages name it, `file:line`."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and every reason why.
+
+    Args:
+        reason: `field: reason`, several joined with `; `.
+        raw: the row's own text, cut at MAX_RAW_CHARACTERS.
+    """
+
+    file: str
+    line: int
+    reason: str
+    raw: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+    @property
+    def kind(self) -> str:
+        """The reason without what differs from row to row, for counting."""
+        return re.sub(r"'[^']*'|\d[\d,]*", "N", self.reason)
+
+
+def cap(raw: str) -> str:
+    """Shorten a row's text for storage beside its reason; unpaired surrogates become `?` so that it can be written."""
+    return raw[:MAX_RAW_CHARACTERS].encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,181 @@
+"""The files of a model folder that make up its tokenizer, read and put together.
+
+`tokenizer.json` is the tokenizer; `tokenizer_config.json` and the others name its special tokens, may add tokens and
+carry the chat template. What transformers would do with them is done here with the tokenizers library alone, so that
+`fitune data` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from fitune.errors import ConfigError, MissingDependencyError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a folder says about its tokenizer, nothing interpreted yet."""
+
+    folder: Path
+    contents: Mapping[str, bytes]
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Read all of FILES that are there.
+
+        Raises:
+            ConfigError: the folder has no tokenizer, or a file cannot be read.
+        """
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; a tokenizer is loaded from a model's folder")
+        try:
+            contents = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        if "tokenizer.json" not in contents and "tokenizer.model" not in contents:
+            raise ConfigError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model)")
+        return cls(folder, contents)
+
+    def json(self, name: str) -> dict[str, object]:
+        """One file as an object; empty if it is not there."""
+        if name not in self.contents:
+            return {}
+        try:
+            value = json.loads(self.contents[name].decode("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self.folder / name}: is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ConfigError(f"{self.folder / name}: must hold an object")
+        return value
+
+    def hash(self) -> str:
+        """A sha256 over names and contents."""
+        digest = hashlib.sha256()
+        for name in sorted(self.contents):
+            digest.update(f"{name}\0{len(self.contents[name])}\0".encode())
+            digest.update(self.contents[name])
+        return digest.hexdigest()
+
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of bos_token, eos_token and so on; tokenizer_config.json goes before special_tokens_map.json."""
+        found: dict[str, str] = {}
+        for source in (self.json("tokenizer_config.json"), self.json("special_tokens_map.json")):
+            for name in NAMES:
+                text = _token_text(source.get(name))
+                if text and name not in found:
+                    found[name] = text
+        return found
+
+    def chat_template(self) -> str | None:
+        """The model's own chat template; chat_template.jinja goes before the one in tokenizer_config.json."""
+        if "chat_template.jinja" in self.contents:
+            return self.contents["chat_template.jinja"].decode("utf-8", "replace")
+        value = self.json("tokenizer_config.json").get("chat_template")
+        if isinstance(value, list):  # several named ones
+            named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+            value = named.get("default")
+        return value if isinstance(value, str) and value else None
+
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer itself, with the tokens that tokenizer_config.json adds; no padding, no truncation."""
+        if "tokenizer.json" in self.contents:
+            backend = _parse(self.contents["tokenizer.json"], self.folder / "tokenizer.json")
+        else:
+            backend = _parse(_convert(self.folder), self.folder / "tokenizer.model")
+        backend.no_truncation()
+        backend.no_padding()
+        self._add_tokens(backend)
+        return backend
+
+    def _add_tokens(self, backend: tokenizers.Tokenizer) -> None:
+        config = self.json("tokenizer_config.json")
+        decoder = config.get("added_tokens_decoder")
+        known = backend.get_added_tokens_decoder()
+        for key, value in sorted((decoder if isinstance(decoder, dict) else {}).items(), key=lambda item: int(item[0])):
+            token = _added_token(value)
+            if token is None or (int(key) in known and known[int(key)].special == token.special):
+                continue
+            backend.add_tokens([token])
+            if backend.token_to_id(token.content) != int(key):
+                raise ConfigError(
+                    f"{self.folder / 'tokenizer_config.json'}: token {token.content} should get id {key}, "
+                    f"but the vocabulary gives it {backend.token_to_id(token.content)}; these files do not fit together"
+                )
+        special = list(self.named_tokens().values()) + [
+            text
+            for source in (config, self.json("special_tokens_map.json"))
+            for name in ("additional_special_tokens", "extra_special_tokens")
+            for text in _texts(source.get(name))
+        ]
+        marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        for text in special:
+            # A named token that is not in the vocabulary is left out: the model has no embedding for it.
+            if text not in marked and backend.token_to_id(text) is not None:
+                backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+
+def _parse(content: bytes, path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
+        raise ConfigError(f"{path}: is not a tokenizer that this version of tokenizers reads: {error}") from error
+
+
+def _convert(folder: Path) -> bytes:
+    """Let transformers make a tokenizer.json out of a sentencepiece model; no code of the folder is run."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingDependencyError(f"{folder}: has no tokenizer.json; pip install transformers") from error
+    advice = f"{folder}: has only tokenizer.model, which transformers could not convert"
+    try:
+        made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except ImportError as error:
+        raise MissingDependencyError(f"{advice}; pip install sentencepiece protobuf") from error
+    except (ValueError, OSError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{advice}: {str(error).strip().splitlines()[0]} Try `pip install sentencepiece protobuf`, or put a "
+            "tokenizer.json into the folder."
+        ) from error
+    backend = getattr(made, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(f"{advice}; put a tokenizer.json into the folder")
+    text: str = backend.to_str()
+    return text.encode("utf-8")
+
+
+def _added_token(value: object) -> tokenizers.AddedToken | None:
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        return None
+    flags = {
+        name: bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
+    }
+    return tokenizers.AddedToken(value["content"], **flags)
+
+
+def _token_text(value: object) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _texts(value: object) -> list[str]:
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in items if (text := _token_text(item))]
