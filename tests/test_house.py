@@ -102,7 +102,7 @@ def test_no_library_is_patched(file):
 
 def test_base_classes_are_the_allowed_ones():
     allowed = {"BaseModel", "Section", "Protocol", "Exception", "NamedTuple", "TypedDict", "Module"}
-    foreign = {"yaml.SafeLoader", "Extension", "HTMLParser"}  # extension points of libraries
+    foreign = {"yaml.SafeLoader", "jinja2.ext.Extension"}  # extension points of libraries
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef) and file.name != "errors.py":
@@ -147,4 +147,4 @@ def test_nothing_of_a_private_machine_is_in_the_tree():
             and file != Path(__file__)
         ):
             text = file.read_text(encoding="utf-8", errors="replace")
-            assert not re.search(r"/(root|home/\w+|work)/", text), f"{name} names a path of one machine"
+            assert not re.search(r"/(root|work)/\w", text), f"{name} names a path of one machine"

@@ -115,6 +115,12 @@ def _edit_json(file: Path, **keys: object) -> None:
     file.write_text(json.dumps(value), encoding="utf-8")
 
 
+def _more_tokens(file: Path) -> None:
+    value = json.loads(file.read_text(encoding="utf-8"))
+    value["model"]["vocab"] |= {f"word{i}": 200 + i for i in range(50)}
+    file.write_text(json.dumps(value), encoding="utf-8")
+
+
 def _flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -176,9 +182,9 @@ ROWS = (
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}]})),
         3, "assistant"),
     Case("Rows", "no known format", lambda p: p.config(data=p.rows({"question": "a", "answer": "b"})), 3, "format"),
-    Case("Rows", "empty file", lambda p: p.config(data=p.rows(b"")), 3, "empty"),
+    Case("Rows", "empty file", lambda p: p.config(data=p.rows(b"")), 3, "has no rows"),
     Case("Rows", "no such file", lambda p: p.config(data=str(p.folder / "none.jsonl")), 3, "none.jsonl"),
-    Case("Rows", "a folder instead of a file", lambda p: p.config(data=str(p.folder)), 3, "folder"),
+    Case("Rows", "a folder instead of a file", lambda p: p.config(data=str(p.folder)), 3, "is a directory"),
     Case("Rows", "unknown file type", lambda p: p.config(data=p.rows(GOOD, name="rows.csv")), 3, ".jsonl"),
     Case("Rows", "gzip cut short", _gzip_cut, 3, "rows.jsonl.gz"),
     Case("Rows", "not gzip at all", lambda p: p.config(data=p.rows(GOOD, name="rows.jsonl.gz")), 3, "gzip"),
@@ -242,11 +248,11 @@ MODELS = (
     _model("weights that run code", "it wants to run", _evil_bin),
     _model("a shard is missing", "weight files are missing", lambda f: (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')),
-    _model("weights of another shape", "config.json", lambda f: _edit_json(f / "config.json", intermediate_size=80)),
+    _model("weights of another shape", "of another shape than config.json says", lambda f: _edit_json(f / "config.json", intermediate_size=80)),
     _model("no tokenizer", "tokenizer", lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")]),
     _model("damaged tokenizer", "tokenizer", lambda f: (f / "tokenizer.json").write_text("{")),
     _model("tokenizer larger than the model", "do not belong together",
-           lambda f: _edit_json(f / "config.json", vocab_size=100)),
+           lambda f: _more_tokens(f / "tokenizer.json")),
 )  # fmt: skip
 
 RUNS = (

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fitune
+from tiny import make_model
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.chat import chat
@@ -78,7 +78,8 @@ def test_chat_keeps_the_conversation(trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("say 3\n\n/reset\nsay 3\n/quit\n"))
     chat(fitune.load(trained, device="cpu"), None, {"max_new_tokens": 20})
     first, second = capsys.readouterr().out.splitlines()
-    assert first == second and first
+    assert first == second
+    assert first
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
@@ -96,7 +97,8 @@ def test_exported_folders_answer_and_stop_in_plain_transformers(trained, tmp_pat
     ours = fitune.load(trained, device="cpu")
     assert ids["input_ids"][0].tolist() == ours.prompt_ids("say 3")
     out = model.generate(**ids, max_new_tokens=40, do_sample=False)[0][ids["input_ids"].shape[1] :].tolist()
-    assert out[-1] == tokenizer.eos_token_id and len(out) < 40
+    assert out[-1] == tokenizer.eos_token_id
+    assert len(out) < 40
     assert tokenizer.decode(out, skip_special_tokens=True) == ours.generate("say 3", max_new_tokens=40)
     if form == "merged":
         stops = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
@@ -150,4 +152,5 @@ def test_generation_leaves_training_mode_alone(trained):
     model = fitune.load(trained, device="cpu").model
     model.train()
     generate(model, [[5, 6]], [2], Sampling(max_new_tokens=2))
-    assert model.training and torch.is_grad_enabled()
+    assert model.training
+    assert torch.is_grad_enabled()

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 import torch
-from conftest import make_rows
 from safetensors.torch import load_file
 
+from tiny import make_rows
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemoryError
 from fitune.train import loop, path, run
@@ -37,7 +37,8 @@ def go(tree, **changes):
 def test_a_run_leaves_everything_behind(tree, tmp_path):
     result = go(tree)
     folder = tmp_path / "run"
-    assert result.step == 6 and result.run == folder
+    assert result.step == 6
+    assert result.run == folder
     names = {file.name for file in folder.iterdir()}
     assert names >= {
         "config.yaml",
@@ -53,11 +54,14 @@ def test_a_run_leaves_everything_behind(tree, tmp_path):
     assert metrics(folder)[-1]["loss"] < metrics(folder)[0]["loss"]
     assert result.best_eval_loss < result.first_eval_loss
     stored = json.loads((folder / "result.json").read_text())
-    assert stored["status"] == "done" and stored["versions"]["torch"] == torch.__version__
+    assert stored["status"] == "done"
+    assert stored["versions"]["torch"] == torch.__version__
     samples = json.loads((folder / "samples.json").read_text())
-    assert samples and all(set(s) >= {"prompt", "reference", "before", "after"} for s in samples)
+    assert samples
+    assert all(set(s) >= {"prompt", "reference", "before", "after"} for s in samples)
     kept = sorted(file.name for file in (folder / "checkpoints").iterdir())
-    assert len(kept) <= 3 and kept[-1] == "step_000006"
+    assert len(kept) <= 3
+    assert kept[-1] == "step_000006"
 
 
 def test_two_runs_are_bit_identical(tree, tmp_path):
@@ -156,7 +160,8 @@ def test_a_bad_row_is_named_and_its_step_not_applied(tree, tmp_path, monkeypatch
     poison(monkeypatch, lambda batch: f"{rows_file}:5" in batch.sources, value)
     result = go(tree, train__max_steps=6)
     skipped = metrics(result.run, "skipped")
-    assert skipped and all(row["rows"] == [f"{rows_file}:5"] for row in skipped)
+    assert skipped
+    assert all(row["rows"] == [f"{rows_file}:5"] for row in skipped)
     assert skipped[0]["reason"] == f"non-finite {value}"
     assert len(metrics(result.run)) + len(skipped) == 6
     assert all(
@@ -202,7 +207,7 @@ def test_changed_data_is_refused(tree, tmp_path):
 
 
 def test_another_base_is_refused(tree, tmp_path, tiny):
-    from conftest import make_model
+    from tiny import make_model
 
     tree["model"]["path"] = str(shutil.copytree(tiny, tmp_path / "base"))
     go(tree)
@@ -289,7 +294,7 @@ def test_activation_checkpointing_changes_nothing(tree, tmp_path):
 
 
 def test_packing_is_refused_for_a_model_that_mixes_documents(tree, tmp_path):
-    from conftest import make_model
+    from tiny import make_model
 
     tree["model"]["path"] = str(make_model(tmp_path / "bloom", "bloom"))
     tree["train"]["micro_batch_rows"] = None

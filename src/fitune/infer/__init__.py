@@ -1,0 +1,1 @@
+"""Load a run or a model, generate, chat, export."""

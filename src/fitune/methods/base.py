@@ -59,6 +59,7 @@ class Method:
                 raise CheckpointError(f"{name} holds values that are not finite; refusing to save it to {folder}")
         weights = WEIGHTS if self.folder == "adapter" else "model.safetensors"
         save_file(tensors, folder / weights, metadata={"format": "pt"})
+        (folder / weights).chmod(0o644)  # safetensors makes it readable by its owner alone
         self.write_config(model, folder, facts)
         write_json(folder / FACTS, {"method": self.name, **facts})
 

@@ -1,0 +1,1 @@
+"""A model folder or hub id -> a frozen transformers model."""

@@ -90,6 +90,7 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
         ) from error
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
+    options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
     try:
         if raw.weights_format == "safetensors":
             options |= {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}

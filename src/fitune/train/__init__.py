@@ -1,0 +1,1 @@
+"""The training loop, what it stores and what it shows."""

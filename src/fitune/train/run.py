@@ -114,6 +114,7 @@ def resume(run: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> 
             for change in changes:
                 session.display.note(f"changed: {change}")
             state = restore(session, stored) if stored else _fresh_state(session)
+            checkpoint.drop_after(folder, state.step)  # damaged newer ones would stand in the way of their successors
             if changes:
                 folder.write_text("config.yaml", dump(prepared.config))
             folder.cut_metrics(state.step if stored else -1)
@@ -212,6 +213,7 @@ def _run(session: Session, state: State, started: float) -> Result:
         samples.write_after(session)
     except FituneError as error:
         _write_result(session, state, started, _status(error), None)
+        write_report(session.folder.path)
         raise
     _write_result(session, state, started, "done", published)
     write_report(session.folder.path)
