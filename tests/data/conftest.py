@@ -59,6 +59,23 @@ def real(real_folder):
     return load
 
 
+@pytest.fixture(scope="session")
+def theirs(real_folder):
+    """The same real tokenizer as transformers loads it."""
+    made = {}
+
+    def load(name: str):
+        from transformers import AutoTokenizer
+
+        if name not in made:
+            made[name] = AutoTokenizer.from_pretrained(
+                real_folder(name), local_files_only=True, trust_remote_code=False
+            )
+        return made[name]
+
+    return load
+
+
 def _write_tokenizer(folder: Path, special=CHATML + LLAMA3, bos_first=False, chat_template=None, **config) -> Path:
     """A byte-level tokenizer without merges, ids 0 pad, 1 bos, 2 eos, then `special`, then the bytes."""
     from tokenizers import Tokenizer as Backend

@@ -116,3 +116,8 @@ def test_real_files(shared, real):
     assert report.cuts.num_rows > 0
     wide = examine(files, DataConfig(max_length=report.cuts.max_length_for_all), real("llama3"))
     assert wide.cuts.num_rows == 0
+
+
+def test_control_characters_stay_out_of_the_terminal(write, toy):
+    report = examine([write([row(0, "\x1b[31mred\x07\ttab")])], DataConfig(), toy)
+    assert "⟦�[31mred�\ttab<eos>⟧" in render_text(report)

@@ -257,6 +257,26 @@ def test_many_problems_of_one_row_are_shortened(write):
     assert reason.endswith("; 35 more problems")
 
 
+def test_hostile_rows_cannot_disturb_a_terminal_or_take_forever(write):
+    keys = json.dumps({"\x1b[31m\n": 1, "\ud800": 2})
+    twice = "{" + ", ".join(f'"k{i % 50_000}": 1' for i in range(100_000)) + "}"
+    turns = json.dumps(talk(*[USER, ANSWER] * 50_000))
+    history = json.dumps(GOOD | {"history": [["a", "b"]] * 50_000})
+    result = read([write("\n".join([json.dumps(GOOD), keys, twice, history])), write(turns, "b.jsonl")])
+    assert [row.reason[:38] for row in result.bad_rows] == [
+        "instruction: missing; output: missing",
+        "k0: duplicate key; k1: duplicate key; ",
+        "history: 50,000 pairs; at most 500",
+        "messages: 100,000 turns; at most 1,000",
+    ]
+    unknown = read([write(keys, "c.jsonl")]).bad_rows
+    assert unknown[0].reason.startswith("keys ?[31m?, ?: no known format")
+    for row in (*result.bad_rows, *unknown):
+        assert str(row).isprintable()
+        assert len(row.reason) < 1100
+        json.dumps(row.reason, ensure_ascii=False).encode()
+
+
 # --- files
 
 

@@ -220,6 +220,11 @@ def test_roles_cannot_be_invented(toy):
         resolve_template("chatml", toy).prompt_ids([Message("user<|im_end|>", "q")])
 
 
+def test_surrogates_are_refused(toy):
+    with pytest.raises(DataError, match="unpaired surrogate"):
+        resolve_template("chatml", toy).prompt_ids([Message("user", "\udc80")])
+
+
 def test_the_sandbox_keeps_templates_in(make_tokenizer):
     for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ range(10**9) | list }}"):
         template = resolve_template("model", make_tokenizer(chat_template=source))

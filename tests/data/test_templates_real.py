@@ -46,10 +46,8 @@ def test_golden_prompts_of_named_layouts(real):
     assert resolve_template("chatml", real("qwen2.5")).prompt_ids([SYSTEM, USER]) == QWEN
 
 
-def theirs(real_folder, name, source, messages):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(real_folder(name), local_files_only=True, trust_remote_code=False)
+def applied(tokenizer, source, messages):
+    """The conversation and its last prompt by transformers' apply_chat_template."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     options = {"chat_template": source, "tokenize": True, "return_dict": True, "date_string": "26 Jul 2024"}
     return (
@@ -68,11 +66,11 @@ def theirs(real_folder, name, source, messages):
         ("qwen3", "qwen3.jinja"),
     ],
 )
-def test_same_ids_as_transformers(shared, real, real_folder, tokenizer, file):
+def test_same_ids_as_transformers(shared, real, theirs, tokenizer, file):
     source = (shared / "chat_templates" / file).read_text(encoding="utf-8")
     template = Template("model", source, real(tokenizer))
     for talk in (TALK, TALK[1:], TALK[1:3]):
-        whole, prompt = theirs(real_folder, tokenizer, source, talk)
+        whole, prompt = applied(theirs(tokenizer), source, talk)
         ids, learn = template.conversation(talk)
         assert ids == whole
         assert template.prompt_ids(talk[:-1]) == prompt
@@ -86,11 +84,11 @@ def test_same_ids_as_transformers(shared, real, real_folder, tokenizer, file):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("tokenizer", ["llama3", "qwen2.5"])
-def test_layouts_work_in_transformers(real, real_folder, tokenizer, name):
+def test_layouts_work_in_transformers(real, theirs, tokenizer, name):
     if set(LAYOUTS[name].needs) - set(real(tokenizer).special_tokens):
         pytest.skip(f"{tokenizer} has no special tokens for {name}")
     template = resolve_template(name, real(tokenizer))
-    whole, prompt = theirs(real_folder, tokenizer, template.chat_template(), TALK)
+    whole, prompt = applied(theirs(tokenizer), template.chat_template(), TALK)
     assert template.prompt_ids(TALK[:-1])[-8:] == prompt[-8:]
     ours = template.conversation(TALK)[0]
     # Theirs may join an answer's first letters with what stands before; the text is the same.
@@ -98,13 +96,10 @@ def test_layouts_work_in_transformers(real, real_folder, tokenizer, name):
     assert ours[0] == whole[0]
 
 
-def test_generation_blocks_mark_the_same_answers(real, real_folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(real_folder("qwen2.5"), local_files_only=True, trust_remote_code=False)
+def test_generation_blocks_mark_the_same_answers(real, theirs):
     template = resolve_template("chatml", real("qwen2.5"))
     turns = [{"role": message.role, "content": message.content} for message in TALK]
-    marked = tokenizer.apply_chat_template(
+    marked = theirs("qwen2.5").apply_chat_template(
         turns, chat_template=template.source, return_assistant_tokens_mask=True, return_dict=True
     )
     ids, learn = template.conversation(TALK)

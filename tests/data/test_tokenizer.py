@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, MissingDependencyError
 
 SPECIAL = "a <|im_end|> b <|eot_id|> c <|user|> [gMASK] <eos> d <|endoftext|>"
 
@@ -26,11 +26,8 @@ def test_tokens_that_are_added_but_not_special_follow_the_tokenizer(real):
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5", "qwen3"])
-def test_same_as_transformers(real, real_folder, name):
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(real_folder(name), local_files_only=True, trust_remote_code=False)
-    ours = real(name)
+def test_same_as_transformers(real, theirs, name):
+    ours, theirs = real(name), theirs(name)
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert ours.chat_template == theirs.chat_template
@@ -145,3 +142,29 @@ def test_folders_without_a_usable_tokenizer(tmp_path, write_tokenizer):
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: is not JSON"):
         Tokenizer.load(tmp_path)
+
+
+def test_hash_follows_tokens_not_the_model(tmp_path, write_tokenizer):
+    folder = write_tokenizer(tmp_path / "m")
+
+    def hash_with(config):
+        (folder / "config.json").write_text(json.dumps(config))
+        return Tokenizer.load(folder).hash
+
+    base = hash_with({"eos_token_id": 2, "dtype": "float32"})
+    assert hash_with({"dtype": "bfloat16", "eos_token_id": 2}) == base
+    assert hash_with({"eos_token_id": 3}) != base
+
+
+def test_a_sentencepiece_folder_is_converted_or_refused(shared, tmp_path):
+    from importlib.util import find_spec
+
+    for file in (shared / "tokenizers" / "llama2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if find_spec("sentencepiece") is None or find_spec("google") is None:
+        with pytest.raises((ConfigError, MissingDependencyError), match="pip install sentencepiece protobuf"):
+            Tokenizer.load(tmp_path)
+        return
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.prefix_ids, tokenizer.eos_id) == (32000, (1,), 2)
+    assert tokenizer.encode("你是助手</s>") == [29871, 30919, 30392, 31931, 30880, 829, 29879, 29958]

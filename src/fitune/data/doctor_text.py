@@ -124,7 +124,9 @@ def _duplicates(report: DoctorReport) -> Iterator[str]:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_EXAMPLE_CHARACTERS else f"{text[:MAX_EXAMPLE_CHARACTERS]} ... (shortened)"
+    # Control characters of a data file have no business in a terminal.
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:MAX_EXAMPLE_CHARACTERS])
+    return shown if len(text) <= MAX_EXAMPLE_CHARACTERS else f"{shown} ... (shortened)"
 
 
 def _share(part: int, whole: int) -> str:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 MAX_RAW_CHARACTERS = 2000
+MAX_REASON_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,12 @@ class BadRow:
     def kind(self) -> str:
         """The reason without what differs from row to row, for counting."""
         return re.sub(r"'[^']*'|\d[\d,]*", "N", self.reason)
+
+
+def clean(text: str, limit: int = MAX_REASON_CHARACTERS) -> str:
+    """Text from a file made safe for one line of a terminal: control characters and surrogates become `?`."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
 def cap(raw: str) -> str:

@@ -29,6 +29,8 @@ ROLES = {
     "ipython": "tool",
 }
 
+MAX_TURNS = 1000  # a template is rendered once per answer, so the work grows with the square
+
 # What may follow a role; None is the beginning of the conversation.
 _NEXT: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
@@ -82,6 +84,9 @@ def _history(row: Row, problems: list[str]) -> list[Message]:
         problems.append(f"history: must be a list of [user, assistant] pairs, got {describe(history)}")
         return []
     turns = []
+    if len(history) > MAX_TURNS // 2:
+        problems.append(f"history: {len(history):,} pairs; at most {MAX_TURNS // 2:,}")
+        return []
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             problems.append(f"history[{i}]: must be a pair [user, assistant]")
@@ -102,6 +107,9 @@ def _messages(row: Row, problems: list[str]) -> Parsed:
         problems.append(f"{key}: must be a list of turns, got {describe(turns)}")
     elif not turns:
         problems.append(f"{key}: empty")
+    elif len(turns) > MAX_TURNS:
+        problems.append(f"{key}: {len(turns):,} turns; at most {MAX_TURNS:,}")
+        turns = []
     messages = _system(row, problems)
     outside = len(messages)
     for i, turn in enumerate(turns if isinstance(turns, list) else ()):

@@ -53,6 +53,7 @@ class _Part:
     num_truncated: int = 0
     num_split: int = 0
     read: ReadResult | None = None
+    template: Template | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -103,7 +104,7 @@ def template_for(result: ReadResult, data: DataConfig, tokenizer: Tokenizer) -> 
 def _part(files: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer) -> _Part:
     result = read(files, data.format)
     part = _Part(bad=list(result.bad_rows), read=result)
-    template = template_for(result, data, tokenizer)
+    template = part.template = template_for(result, data, tokenizer)
     for example, row in encode(result.examples, tokenizer, template, data.loss_on):
         if isinstance(row, BadRow):
             part.bad.append(row)
@@ -167,14 +168,14 @@ def _split(groups: Sequence[Sequence[Row]], fraction: float) -> tuple[list[Row],
     """Hold out the groups with the smallest hashes, whole sets of identical ones only."""
     digests = [hashlib.sha256(b"".join(row.digest() for row in group)).digest() for group in groups]
     copies = Counter(digests)
-    wanted = max(1, round(len(groups) * fraction))
+    wanted = min(max(1, round(len(groups) * fraction)), len(groups) - 1)
     chosen: set[bytes] = set()
     for digest in sorted(copies):
+        if not wanted:
+            break
         if copies[digest] <= wanted:
             chosen.add(digest)
             wanted -= copies[digest]
-        if not wanted:
-            break
     train: list[Row] = []
     held_out: list[Row] = []
     for digest, group in zip(digests, groups, strict=True):
@@ -202,7 +203,10 @@ def _summary(
     lengths = sorted(row.num_tokens for row in train)
     results = [part.read for part in parts if part.read is not None]
     seen = {row.digest() for row in train} if held_out else set()
+    template = next((part.template for part in parts if part.template is not None), None)
     return {
+        "template": template.name if template is not None else None,
+        "template_hash": template.hash if template is not None else None,
         "formats": {file: name for result in results for file, name in result.formats_by_file.items()},
         "notes": [note for result in results for note in result.notes],
         "extra_keys": dict(sum((Counter(result.extra_keys) for result in results), Counter())),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from fitune.data.example import BadRow, Example, cap
+from fitune.data.example import BadRow, Example, cap, clean
 from fitune.data.templates import Encoded, Template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError, DataError
@@ -129,7 +129,7 @@ def cut(row: Row, max_length: int) -> Row:
 
 
 def _bad(example: Example, reason: str) -> BadRow:
-    return BadRow(example.file, example.line, reason, cap(show(example)))
+    return BadRow(example.file, example.line, clean(reason), cap(show(example)))
 
 
 def show(example: Example) -> str:

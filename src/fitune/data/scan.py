@@ -9,7 +9,9 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,15 +54,19 @@ def check_files(files: tuple[str, ...]) -> None:
         raise DataError("no data files were given")
     problems = []
     for file in files:
-        path = Path(file)
-        if path.is_dir():
-            problems.append(f"{file}: is a directory; give the files in it")
-        elif not path.exists():
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{file}: does not exist")
-        elif not path.name.endswith(SUFFIXES):
-            problems.append(f"{file}: unknown kind of file; readable are {', '.join(SUFFIXES)}")
-        elif not path.stat().st_size:
-            problems.append(f"{file}: is empty")
+        except OSError as error:
+            problems.append(f"{file}: cannot be read: {error.strerror}")
+        else:
+            if stat.S_ISDIR(status.st_mode):
+                problems.append(f"{file}: is a directory; give the files in it")
+            elif not file.endswith(SUFFIXES):
+                problems.append(f"{file}: unknown kind of file; readable are {', '.join(SUFFIXES)}")
+            elif not status.st_size:
+                problems.append(f"{file}: is empty")
     if problems:
         raise DataError("\n".join(problems))
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fitune.data.example import BadRow, Example, Message, cap
+from fitune.data.example import BadRow, Example, Message, cap, clean
 from fitune.data.formats import FORMATS, parse, recognise
 from fitune.data.scan import Record, check_files, scan
 
@@ -102,24 +102,24 @@ class _Reader:
     def _row(self, file: str, record: Record, known: str | None) -> None:
         row, problem = record.value, record.problem
         if row is None:
-            self.bad_rows.append(BadRow(file, record.line, problem or "unreadable", cap(record.raw)))
+            self.bad_rows.append(BadRow(file, record.line, clean(problem or "unreadable"), cap(record.raw)))
             return
         problems: list[str] = []
         other = recognise(row)
         if known is None:
             problems.append(f"{_keys(row)}: no known format; expected instruction and output, messages, or text")
-        elif other is not None and other != known and not row.keys() & _needed(known):
+        elif other not in (None, known) and (self.format == "auto" or not row.keys() & _needed(known)):
             why = "data.format says so" if self.format != "auto" else "so is the file's first row"
             problems.append(f"{_keys(row)}: expected a row of format {known} ({why}), got {other}")
         else:
             parsed = parse(row, known, problems)
             if not problems:
-                self.extra_keys.update(row.keys() - FORMATS[known].keys)
+                self.extra_keys.update(clean(key, 60) for key in row if key not in FORMATS[known].keys)
                 self.examples.append(Example(file, record.line, parsed.messages, parsed.text))
                 return
         if len(problems) > _MAX_REASONS:
             problems[_MAX_REASONS:] = [f"{len(problems) - _MAX_REASONS} more problems"]
-        self.bad_rows.append(BadRow(file, record.line, "; ".join(problems), cap(record.raw)))
+        self.bad_rows.append(BadRow(file, record.line, clean("; ".join(problems)), cap(record.raw)))
 
 
 def _needed(format: str) -> set[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 
 MAX_DEPTH = 64
 MAX_DIGITS = 400
+MAX_FAULTS = 5
 
 _STRINGS_AND_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
@@ -50,13 +52,14 @@ class StrictDecoder:
                 self._faults.append("NaN and Infinity are not JSON")
             if self._is_deep(text, start, end):
                 self._faults.append(f"nested deeper than {MAX_DEPTH}")
-        return value, end, "; ".join(self._faults) or None
+        more = [f"{len(self._faults) - MAX_FAULTS:,} more problems"] if len(self._faults) > MAX_FAULTS else []
+        return value, end, "; ".join(self._faults[:MAX_FAULTS] + more) or None
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            self._faults += [f"{key}: duplicate key" for key in value if keys.count(key) > 1]
+            counts = Counter(key for key, _ in pairs)
+            self._faults += [f"{key}: duplicate key" for key, count in counts.items() if count > 1]
         if self._num_constants:
             for key, item in pairs:
                 if isinstance(item, _NotANumber):

@@ -123,6 +123,8 @@ class Template:
                 raise DataError(f"unknown role '{message.role}'; allowed are {', '.join(ROLES)}")
         texts = [text for m in messages for text in (m.content, m.instruction, m.input) if text]
         joined = "\n".join(texts)
+        if not joined.isascii() and any("\ud800" <= character <= "\udfff" for character in joined):
+            raise DataError("a message has an unpaired surrogate, which is no character")
         found = sorted(self._tokenizer.special_in(joined))
         free = (chr(code) for code in _PRIVATE if chr(code) not in joined)
         shown = dict(zip(found, free, strict=False))
@@ -249,6 +251,8 @@ def _prefix(layout: Layout, tokenizer: Tokenizer) -> str:
     if tokenizer.prefix_ids == (tokenizer.bos_id,):
         return "{{- bos_token -}}"
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
+    if not texts.keys() >= set(tokenizer.prefix_ids):
+        raise ConfigError(f"{tokenizer.folder}: puts ids {tokenizer.prefix_ids} first, which are no special tokens")
     return "{{- " + json.dumps("".join(texts[i] for i in tokenizer.prefix_ids)) + " -}}"
 
 

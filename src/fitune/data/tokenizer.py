@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 def _ids(value: object) -> list[int]:
-    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
 def _split_pattern(tokens: Iterable[tokenizers.AddedToken]) -> re.Pattern[str] | None:

@@ -17,14 +17,14 @@ import tokenizers
 
 from fitune.errors import ConfigError, MissingDependencyError
 
+MODEL_FILES = ("generation_config.json", "config.json")
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
+    *MODEL_FILES,
 )
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -66,11 +66,14 @@ class TokenizerFiles:
         return value
 
     def hash(self) -> str:
-        """A sha256 over names and contents."""
+        """A sha256 over names and contents; of the model's configuration only the token ids count."""
         digest = hashlib.sha256()
-        for name in sorted(self.contents):
-            digest.update(f"{name}\0{len(self.contents[name])}\0".encode())
-            digest.update(self.contents[name])
+        for name, content in sorted(self.contents.items()):
+            if name in MODEL_FILES:  # the rest of them says nothing about tokens, and changes when a model is exported
+                ids = {key: value for key, value in self.json(name).items() if key.endswith("_token_id")}
+                content = json.dumps(ids, sort_keys=True).encode()
+            digest.update(f"{name}\0{len(content)}\0".encode())
+            digest.update(content)
         return digest.hexdigest()
 
     def named_tokens(self) -> dict[str, str]:
@@ -86,7 +89,10 @@ class TokenizerFiles:
     def chat_template(self) -> str | None:
         """The model's own chat template; chat_template.jinja goes before the one in tokenizer_config.json."""
         if "chat_template.jinja" in self.contents:
-            return self.contents["chat_template.jinja"].decode("utf-8", "replace")
+            try:
+                return self.contents["chat_template.jinja"].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{self.folder / 'chat_template.jinja'}: is not UTF-8: {error}") from error
         value = self.json("tokenizer_config.json").get("chat_template")
         if isinstance(value, list):  # several named ones
             named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
