@@ -28,9 +28,8 @@ tests/errors/cases.py; each row is a test. Exit codes: 0 done, 2 configuration, 
 def errors_page(folder: Path) -> str:
     """Run all cases; one table per kind."""
     from cases import CASES, Place
-    from tiny import make_model
-
     from fitune.cli import main
+    from tiny import make_model
 
     model = make_model(folder / "tiny")
     finished = Place(folder / "finished", model, model)

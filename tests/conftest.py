@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; tiny models gain nothing from threads
 
 import pytest
+
 from tiny import make_model, make_rows
 
 ROOT = Path(__file__).parent.parent

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from cases import CASES, Case, Place
 
+from cases import CASES, Case, Place
 from fitune.cli import main
 from fitune.config import build
 from fitune.train import run

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fitune
-from tiny import make_model
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.chat import chat
 from fitune.infer.generate import Sampling, generate
 from fitune.train import run
 from fitune.train.evaluate import evaluate_run
+from tiny import make_model
 
 
 @pytest.fixture(scope="module")

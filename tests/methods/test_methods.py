@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
-from tiny import make_model
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import load_base
+from tiny import make_model
 
 CPU = torch.device("cpu")
 FACTS = {"base_model": "tiny", "base_fingerprint": "abc"}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import every_failure, every_kill, fail_at, failing, in_child, names_in
 
+from faults import every_failure, every_kill, fail_at, failing, in_child, names_in
 from fitune.errors import CheckpointError
 from fitune.train.checkpoint import (
     commit,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import AFTER, make_run
 
+from fake_run import AFTER, make_run
 from fitune.errors import CheckpointError
 from fitune.train.record import losses_of, outcome, read_run
 from fitune.train.report import write_report

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import make_rows
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemoryError
 from fitune.train import loop, path, run
 from fitune.train.path import PlainPath
+from tiny import make_rows
 
 CLOCK = {"seconds", "memory_bytes"}
 

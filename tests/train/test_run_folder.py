@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import every_failure, every_kill, fail_at, failing, in_child, names_in, touching
 
+from faults import every_failure, every_kill, fail_at, failing, in_child, names_in, touching
 from fitune.errors import CheckpointError, ConfigError
 from fitune.train.run_folder import RunFolder
 
