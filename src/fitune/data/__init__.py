@@ -1,0 +1,1 @@
+"""Data files -> checked rows of token ids, with every problem named before a model loads."""
