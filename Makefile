@@ -39,7 +39,7 @@ docs: $(VENV)/installed
 	$(BIN)/python scripts/make_docs.py
 
 kill-test: $(VENV)/installed
-	$(BIN)/python -m pytest tests/train/test_kill.py -k hundred --kills 100 -n 0
+	$(BIN)/python -m pytest tests/training/test_kill.py -k hundred --kills 100 -n 0
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,7 @@ from rich.table import Table
 import fitune
 from fitune.infer.generate import Sampling, generate
 from fitune.infer.load import Loaded
-from fitune.train.report import write_report
+from fitune.training.report import write_report
 
 HELD_OUT = Path(__file__).parent / "demo" / "heldout.jsonl"
 FORMS = {"五言绝句": [5] * 4, "七言绝句": [7] * 4, "五言律诗": [5] * 8, "五言对联": [5] * 2, "七言对联": [7] * 2}

@@ -13,9 +13,9 @@ SRC = ROOT / "src" / "fitune"
 FILES = sorted(SRC.rglob("*.py"))
 IDS = [str(file.relative_to(SRC)) for file in FILES]
 
-LAYERS = [{"errors", "config"}, {"data", "model"}, {"methods"}, {"infer"}, {"train"}, {"cli"}]
+LAYERS = [{"errors", "config"}, {"data", "model"}, {"methods"}, {"infer"}, {"training"}, {"cli"}]
 MAX_FILE, MAX_FUNCTION, MAX_LOOP = 400, 60, 120
-LONG_FUNCTIONS = {("train/loop.py", "run"), ("cli.py", "_parser")}  # the loop; one line per option
+LONG_FUNCTIONS = {("training/loop.py", "run"), ("cli.py", "_parser")}  # the loop; one line per option
 TORCH_SWITCHES = {("torch", "manual_seed")}
 
 

@@ -18,7 +18,7 @@ from fitune.errors import FituneError
 if TYPE_CHECKING:
     from fitune.config import RunConfig
     from fitune.infer.load import Loaded
-    from fitune.train.run import Result
+    from fitune.training.run import Result
 
 __version__ = "0.1.0"
 __all__ = ["FituneError", "RunConfig", "embedded_path", "export", "load", "resume", "train"]
@@ -57,14 +57,14 @@ def train(
         config = load_config(config, overrides)
     elif isinstance(config, Mapping):
         config = build(config)
-    from fitune.train.run import train as run_config
+    from fitune.training.run import train as run_config
 
     return run_config(config, quiet=quiet, replace=replace)
 
 
 def resume(run: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> Result:
     """Continue a stopped run from its newest good checkpoint."""
-    from fitune.train.run import resume as resume_run
+    from fitune.training.run import resume as resume_run
 
     return resume_run(Path(run), overrides, quiet=quiet)
 

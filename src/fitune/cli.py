@@ -139,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
     from fitune.config import load
 
     config = load(options.config, options.overrides)  # before torch: a typo is answered at once
-    from fitune.train.run import train
+    from fitune.training.run import train
 
     result = train(config, quiet=options.quiet, replace=options.replace)
     _say_where(result.run, options.quiet)
@@ -147,7 +147,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from fitune.train.run import resume
+    from fitune.training.run import resume
 
     result = resume(Path(options.run), options.overrides, quiet=options.quiet)
     _say_where(result.run, options.quiet)
@@ -211,7 +211,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from fitune.train.evaluate import evaluate_run
+    from fitune.training.evaluate import evaluate_run
 
     result = evaluate_run(Path(options.run), tuple(options.data))
     if options.json:

@@ -7,7 +7,7 @@ import pytest
 from cases import CASES, Case, Place
 from fitune.cli import main
 from fitune.config import build
-from fitune.train import run
+from fitune.training import run
 
 ROOT = Path(__file__).parent.parent.parent
 

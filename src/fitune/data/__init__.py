@@ -1,1 +1,1 @@
-"""Files of conversations or text -> rows of token ids; what is wrong with them, by file and line."""
+"""Data files -> checked rows of token ids, with every problem named before a model loads."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fitune.errors import ConfigError, DataError
@@ -62,7 +62,7 @@ class Renderer:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -70,7 +70,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-class _Generation(jinja2.ext.Extension):
+class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`, which transformers uses to mark answers; jinja asks for a subclass."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja's interface)

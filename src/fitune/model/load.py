@@ -50,7 +50,7 @@ def pick_device(wanted: str) -> torch.device:
         raise ConfigError("train.device is cuda, but PyTorch sees no CUDA device here; use train.device=cpu or auto")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device("cpu")
 
 
 def pick_dtype(wanted: str | None, device: torch.device) -> str:

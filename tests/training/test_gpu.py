@@ -8,7 +8,7 @@ import torch
 
 from fitune.config import build
 from fitune.errors import OutOfMemoryError
-from fitune.train import run
+from fitune.training import run
 
 pytestmark = [
     pytest.mark.gpu,

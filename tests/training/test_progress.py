@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fitune.train.progress import Progress, bytes_text, loss_text, number, perplexity_text, seconds_text
+from fitune.training.progress import Progress, bytes_text, loss_text, number, perplexity_text, seconds_text
 
 
 class Clock:

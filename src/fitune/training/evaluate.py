@@ -14,7 +14,7 @@ from fitune.data.batches import micro_batches
 from fitune.data.prepare import Row, prepare
 from fitune.errors import ConfigError
 from fitune.infer.load import load
-from fitune.train.path import Path, PlainPath
+from fitune.training.path import Path, PlainPath
 
 
 def mean_loss(path: Path, rows: Sequence[Row], config: RunConfig, pad_id: int) -> float:

@@ -17,11 +17,11 @@ import pytest
 
 from faults import every_failure, every_kill, fail_at, failing, in_child, names_in, touching
 from fitune.errors import CheckpointError, ConfigError
-from fitune.train.run_folder import RunFolder
+from fitune.training.run_folder import RunFolder
 
 HOLD = """
 import sys, time
-from fitune.train.run_folder import RunFolder
+from fitune.training.run_folder import RunFolder
 with RunFolder.open(sys.argv[1]).lock():
     print("locked", flush=True)
     time.sleep(60)

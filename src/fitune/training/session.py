@@ -13,11 +13,11 @@ from fitune.data.batches import StepPlan
 from fitune.data.prepare import Dataset
 from fitune.data.tokenizer import Tokenizer
 from fitune.methods import Method
-from fitune.train.optim import LossScale, MasterOptimizer
-from fitune.train.path import Path as ModelPath
-from fitune.train.progress import Progress
-from fitune.train.run_folder import RunFolder
-from fitune.train.signals import StopRequest
+from fitune.training.optim import LossScale, MasterOptimizer
+from fitune.training.path import Path as ModelPath
+from fitune.training.progress import Progress
+from fitune.training.run_folder import RunFolder
+from fitune.training.signals import StopRequest
 
 
 @dataclass

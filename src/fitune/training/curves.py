@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fitune.train.progress import scientific
+from fitune.training.progress import scientific
 
 Point = tuple[float, float]  # step, value
 

@@ -26,16 +26,16 @@ from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
-from fitune.train import checkpoint, loop, samples
-from fitune.train.metrics import memory_bytes, versions
-from fitune.train.optim import LossScale, MasterOptimizer
-from fitune.train.path import PlainPath, check_packing
-from fitune.train.progress import Progress
-from fitune.train.report import write_report
-from fitune.train.run_folder import RunFolder
-from fitune.train.saving import check_changes, publish, restore
-from fitune.train.session import Session, State
-from fitune.train.signals import StopRequest
+from fitune.training import checkpoint, loop, samples
+from fitune.training.metrics import memory_bytes, versions
+from fitune.training.optim import LossScale, MasterOptimizer
+from fitune.training.path import PlainPath, check_packing
+from fitune.training.progress import Progress
+from fitune.training.report import write_report
+from fitune.training.run_folder import RunFolder
+from fitune.training.saving import check_changes, publish, restore
+from fitune.training.session import Session, State
+from fitune.training.signals import StopRequest
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     run = read_run(Path("runs/demo"))
     losses_of(run)
 
-metrics.jsonl rows keep their keys; `fitune.train.progress.number` reads one safely.
+metrics.jsonl rows keep their keys; `fitune.training.progress.number` reads one safely.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fitune.config.load import read_yaml
 from fitune.errors import ConfigError
-from fitune.train.curves import Point, smooth
-from fitune.train.progress import loss_text, number, perplexity_text
+from fitune.training.curves import Point, smooth
+from fitune.training.progress import loss_text, number, perplexity_text
 
 Row = Mapping[str, object]
 

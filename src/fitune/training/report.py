@@ -19,9 +19,9 @@ from importlib import resources
 from pathlib import Path
 
 from fitune.errors import CheckpointError
-from fitune.train.curves import Chart, Point, Series, bilingual, draw, escaped, value_text
-from fitune.train.progress import bytes_text, loss_text, number, perplexity_text, seconds_text
-from fitune.train.record import (
+from fitune.training.curves import Chart, Point, Series, bilingual, draw, escaped, value_text
+from fitune.training.progress import bytes_text, loss_text, number, perplexity_text, seconds_text
+from fitune.training.record import (
     FEW_POINTS,
     Row,
     Run,

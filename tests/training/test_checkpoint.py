@@ -14,7 +14,7 @@ import torch
 
 from faults import every_failure, every_kill, fail_at, failing, in_child, names_in
 from fitune.errors import CheckpointError
-from fitune.train.checkpoint import (
+from fitune.training.checkpoint import (
     commit,
     drop_after,
     load_tensors,
@@ -24,7 +24,7 @@ from fitune.train.checkpoint import (
     steps,
     verify,
 )
-from fitune.train.run_folder import RunFolder
+from fitune.training.run_folder import RunFolder
 
 FACTS = {"config": {"train.seed": 0, "train.learning_rate": 2e-4}, "base": "山", "sampler": {"epoch": 1, "index": 7}}
 PARTS = ["adapter/adapter.safetensors", "optimizer.safetensors", "state.json"]
@@ -223,7 +223,7 @@ def test_a_renamed_checkpoint_is_refused(folder):
 
 
 def reseal(file: Path, **changes) -> None:
-    from fitune.train import checkpoint
+    from fitune.training import checkpoint
 
     manifest = json.loads(file.read_text()) | changes
     del manifest["sha256"]
@@ -506,7 +506,7 @@ def test_missing_places_are_named(tmp_path):
 
 
 def test_a_disk_error_while_reading_is_damage(folder, monkeypatch):
-    from fitune.train import checkpoint
+    from fitune.training import checkpoint
 
     def fail(file):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))

@@ -6,7 +6,7 @@ from typing import Any
 
 from fitune.data.prepare import Row
 from fitune.infer.generate import Sampling, generate
-from fitune.train.session import Session
+from fitune.training.session import Session
 
 NUM_SAMPLES = 4
 MAX_PROMPT_TOKENS = 512

@@ -12,9 +12,9 @@ from fitune.config import RunConfig, leaves
 from fitune.errors import CheckpointError, ConfigError
 from fitune.methods.base import write_json
 from fitune.model.folder import copy_tokenizer
-from fitune.train import checkpoint
-from fitune.train.checkpoint import Checkpoint
-from fitune.train.session import Session, State
+from fitune.training import checkpoint
+from fitune.training.checkpoint import Checkpoint
+from fitune.training.session import Session, State
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemoryError
-from fitune.train import loop, path, run
-from fitune.train.path import PlainPath
+from fitune.training import loop, path, run
+from fitune.training.path import PlainPath
 from tiny import make_rows
 
 CLOCK = {"seconds", "memory_bytes"}
@@ -55,7 +55,7 @@ def test_a_run_leaves_everything_behind(tree, tmp_path):
     assert result.best_eval_loss < result.first_eval_loss
     stored = json.loads((folder / "result.json").read_text())
     assert stored["status"] == "done"
-    assert stored["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(stored["versions"]["torch"].partition("+")[0])
     samples = json.loads((folder / "samples.json").read_text())
     assert samples
     assert all(set(s) >= {"prompt", "reference", "before", "after"} for s in samples)
@@ -158,9 +158,9 @@ def poison(monkeypatch, bad, value="loss"):
 @pytest.mark.parametrize("value", ["loss", "gradient"])
 def test_a_bad_row_is_named_and_its_step_not_applied(tree, tmp_path, monkeypatch, rows_file, value):
     poison(monkeypatch, lambda batch: f"{rows_file}:5" in batch.sources, value)
-    result = go(tree, train__max_steps=6)
+    result = go(tree, data__eval=None)  # 24 rows in 6 steps of 4: each row once
     skipped = metrics(result.run, "skipped")
-    assert skipped
+    assert len(skipped) == 1
     assert all(row["rows"] == [f"{rows_file}:5"] for row in skipped)
     assert skipped[0]["reason"] == f"non-finite {value}"
     assert len(metrics(result.run)) + len(skipped) == 6

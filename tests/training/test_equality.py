@@ -14,7 +14,7 @@ from fitune.data.tokenizer import Tokenizer
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import load_base
-from fitune.train.path import PlainPath
+from fitune.training.path import PlainPath
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5

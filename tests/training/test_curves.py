@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from fitune.train.curves import (
+from fitune.training.curves import (
     Chart,
     Series,
     decimate,

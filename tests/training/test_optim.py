@@ -6,7 +6,7 @@ from torch import nn
 
 from fitune.config import TrainConfig, build
 from fitune.errors import CheckpointError
-from fitune.train.optim import LossScale, MasterOptimizer, learning_rate
+from fitune.training.optim import LossScale, MasterOptimizer, learning_rate
 
 
 def config(**train) -> TrainConfig:

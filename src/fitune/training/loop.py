@@ -19,11 +19,11 @@ import torch
 from fitune.data.batches import Step, micro_batches, pad
 from fitune.data.prepare import Row
 from fitune.errors import CheckpointError, DivergedError, Interrupted, OutOfMemoryError
-from fitune.train.evaluate import mean_loss
-from fitune.train.metrics import memory_bytes
-from fitune.train.optim import learning_rate
-from fitune.train.saving import save
-from fitune.train.session import Session, State
+from fitune.training.evaluate import mean_loss
+from fitune.training.metrics import memory_bytes
+from fitune.training.optim import learning_rate
+from fitune.training.saving import save
+from fitune.training.session import Session, State
 
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_SKIPPED = 20

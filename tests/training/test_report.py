@@ -14,8 +14,8 @@ import pytest
 
 from fake_run import AFTER, make_run
 from fitune.errors import CheckpointError
-from fitune.train.record import losses_of, outcome, read_run
-from fitune.train.report import write_report
+from fitune.training.record import losses_of, outcome, read_run
+from fitune.training.report import write_report
 
 VOID = {"meta", "br"}
 

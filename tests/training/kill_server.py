@@ -1,6 +1,6 @@
 """Kill a tiny run again and again; prints one JSON line. Run by test_kill.py, or by hand:
 
-    python tests/train/kill_server.py MODEL ROWS WORKDIR --kills 100
+    python tests/training/kill_server.py MODEL ROWS WORKDIR --kills 100
 
 Everything is imported once, then each run is a forked child, so a kill costs a fraction of a second. One thread:
 forking a process with running thread pools is not safe, and equal sums need equal thread counts anyway.
@@ -20,7 +20,7 @@ import torch
 
 from fitune.config import build
 from fitune.errors import FituneError
-from fitune.train import loop, run  # noqa: F401  # imported here once, so that children start at once
+from fitune.training import loop, run  # noqa: F401  # imported here once, so that children start at once
 
 CLOCK = {"seconds", "memory_bytes"}
 
