@@ -102,7 +102,7 @@ def test_no_library_is_patched(file):
 
 def test_base_classes_are_the_allowed_ones():
     allowed = {"BaseModel", "Section", "Protocol", "Exception", "NamedTuple", "TypedDict", "Module"}
-    foreign = {"yaml.SafeLoader", "jinja2.ext.Extension"}  # extension points of libraries
+    foreign = {"yaml.SafeLoader", "jinja2.ext.Extension", "Extension"}  # extension points of libraries
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef) and file.name != "errors.py":
@@ -148,3 +148,12 @@ def test_nothing_of_a_private_machine_is_in_the_tree():
         ):
             text = file.read_text(encoding="utf-8", errors="replace")
             assert not re.search(r"/(root|work)/\w", text), f"{name} names a path of one machine"
+
+
+def test_no_room_hides_a_public_function():
+    """A subpackage named like a function replaces it on the package as soon as it is imported."""
+    import fitune
+
+    for name in fitune.__all__:
+        assert not (SRC / name).exists(), name
+        assert not (SRC / f"{name}.py").exists(), name

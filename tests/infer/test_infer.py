@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def test_exported_folders_answer_and_stop_in_plain_transformers(trained, tmp_pat
     else:
         import peft
 
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks transformers
         model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(taught), target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     turns = [{"role": "user", "content": "say 3"}]

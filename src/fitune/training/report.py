@@ -75,7 +75,7 @@ def write_report(run: Path) -> Path:
 def render(run: Run) -> str:
     """The whole page. The same run gives the same bytes."""
     style, script = (
-        resources.files("fitune.train").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
+        resources.files("fitune.training").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
     )
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
