@@ -34,6 +34,8 @@ def measure(base: Path, dtype: str, run: Path) -> dict[str, float | int | str]:
         f"model.path={base}",
         f"model.dtype={dtype}",
         "train.micro_batch_rows=2",
+        "train.eval_every_steps=36",
+        "train.save_every_steps=72",
         f"output.dir={run}",
         f"data.train={ROOT / 'examples/demo/train.jsonl'}",
         f"data.eval={ROOT / 'examples/demo/heldout.jsonl'}",
@@ -59,10 +61,11 @@ def main() -> None:
     """Measure, print, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "fp16.md")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16", "bf16"], help="the first is the reference")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = base_with_pad_as_eos(Path(folder))
-        results = [measure(base, dtype, Path(folder) / dtype) for dtype in ("fp32", "fp16", "bf16")]
+        results = [measure(base, dtype, Path(folder) / dtype) for dtype in options.dtypes]
     reference = results[0]
     lines = [
         "# fp16 against fp32",

@@ -256,6 +256,18 @@ def test_out_of_memory_says_what_to_do(tree, monkeypatch):
         go(tree)
 
 
+def test_out_of_memory_while_loading(tree, tmp_path, monkeypatch):
+    def full(folder, dtype, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(run, "load_base", full)
+    with pytest.raises(
+        OutOfMemoryError, match=r"in loading the model: CUDA out of memory.*raise memory.budget \(now 3 GB"
+    ):
+        run.train(build(tree | {"memory": {"budget": 3}}), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_during_a_save_does_not_stop_training(tree, tmp_path, monkeypatch):
     real, calls = loop.save, []
 

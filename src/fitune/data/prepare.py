@@ -137,7 +137,7 @@ def _reject(parts: Sequence[_Part], data: DataConfig) -> list[BadRow]:
     incomplete = [file for part in parts if part.read is not None for file in part.read.incomplete]
     complaints = []
     if bad and (data.on_bad_rows == "refuse" or incomplete):
-        complaints.append(_listing(f"{len(bad):,} bad rows", [str(row) for row in bad]))
+        complaints.append(_listing(f"{len(bad):,} bad row{'s' * (len(bad) > 1)}", [str(row) for row in bad]))
         if incomplete:
             complaints.append(f"{', '.join(incomplete)} could not be read to the end; repair it first.")
         else:
@@ -146,7 +146,8 @@ def _reject(parts: Sequence[_Part], data: DataConfig) -> list[BadRow]:
             )
     if long and data.on_long_rows == "refuse":
         lines = [f"{item.source}: {one.row.num_tokens:,} tokens" for item, one in long]
-        title = f"{len(long):,} rows are longer than data.max_length {data.max_length:,}, which would cut their answers"
+        count = "1 row is" if len(long) == 1 else f"{len(long):,} rows are"
+        title = f"{count} longer than data.max_length {data.max_length:,}, which would cut the answer"
         complaints.append(_listing(title, lines))
         longest = max(one.row.num_tokens for _, one in long)
         complaints.append(

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fitune.config import RunConfig
 from fitune.data.batches import Step, micro_batches, pad
 from fitune.data.prepare import Row
 from fitune.errors import CheckpointError, DivergedError, Interrupted, OutOfMemoryError
@@ -50,7 +52,8 @@ def run(session: Session, state: State) -> None:
                 f"stopped by {session.stop.requested} after step {state.step} of {total}; everything is saved. "
                 f"Continue with: fitune resume {session.folder.path}"
             )
-        row = _guarded_step(session, state)
+        with memory_errors(session.config, f"step {state.step + 1}"):
+            row = _step(session, state)
         state.step += 1
         session.folder.append_metrics(row)
         session.display.step(row) if row["kind"] == "train" else session.display.skipped(row)
@@ -76,27 +79,31 @@ def run(session: Session, state: State) -> None:
                 session.display.note(f"checkpoint of step {state.step} not saved, training goes on: {error}")
 
 
-def _guarded_step(session: Session, state: State) -> dict[str, Any]:
+@contextmanager
+def memory_errors(config: RunConfig, doing: str) -> Iterator[None]:
+    """Turn running out of memory into an `OutOfMemoryError` that says what to change."""
     try:
-        return _step(session, state)
+        yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(session, str(error)) from error
+        raise _out_of_memory(config, doing, str(error)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # PyTorch's CPU allocator has no exception class of its own
             raise
-        raise _out_of_memory(session, str(error)) from error
+        raise _out_of_memory(config, doing, str(error)) from error
 
 
-def _out_of_memory(session: Session, reason: str) -> OutOfMemoryError:
-    train, data = session.config.train, session.config.data
+def _out_of_memory(config: RunConfig, doing: str, reason: str) -> OutOfMemoryError:
+    train, data = config.train, config.data
     micro = "micro_batch_tokens" if data.packing else "micro_batch_rows"
     hints = [f"halve train.{micro} (now {getattr(train, micro)}; the update stays the same)"]
     if not train.activation_checkpointing:
         hints.append("set train.activation_checkpointing=true")
     hints.append(f"lower data.max_length (now {data.max_length})")
+    if config.memory.budget is not None:
+        hints.append(f"raise memory.budget (now {config.memory.budget:g} GB)")
     return OutOfMemoryError(
-        f"out of memory: {reason.splitlines()[0]:.200}. Then continue with `fitune resume {session.folder.path} "
-        f"KEY=VALUE`, or start again: {'; '.join(hints)}"
+        f"out of memory in {doing}: {(reason.splitlines() or ['?'])[0]:.200}. Then continue with `fitune resume "
+        f"{config.output.dir} KEY=VALUE`, or start again: {'; '.join(hints)}"
     )
 
 

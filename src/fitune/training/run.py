@@ -148,7 +148,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     _set_up_device(config, device)
     steps = StepPlan([row.num_tokens for row in dataset.train], config.train)
     assert config.model.dtype is not None, "resolved"
-    base = load_base(prepared.model_folder, config.model.dtype, device)
+    with loop.memory_errors(config, "loading the model"):
+        base = load_base(prepared.model_folder, config.model.dtype, device)
     if base.vocab_size < prepared.tokenizer.vocab_size:
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
@@ -185,9 +186,11 @@ def _set_up_device(config: RunConfig, device: torch.device) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        if config.memory.budget is not None:
-            share = config.memory.budget * 1e9 / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = (
+            total if config.memory.budget is None else config.memory.budget * 1e9
+        )  # an earlier run may have set one
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
 def _check_packing(session: Session) -> None:
