@@ -108,7 +108,7 @@ def test_long_rows_are_refused_by_name(write, toy):
     with pytest.raises(DataError) as caught:
         prepare(config(file, max_length=64), toy)
     message = str(caught.value)
-    assert message.startswith("2 rows are longer than data.max_length 64, which would cut their answers:")
+    assert message.startswith("2 rows are longer than data.max_length 64, which would cut the answer:")
     assert f"{file}:2: 131 tokens" in message
     assert "data.max_length=131" in message
     assert len(prepare(config(file, max_length=131), toy).train) == 3
@@ -116,7 +116,7 @@ def test_long_rows_are_refused_by_name(write, toy):
 
 def test_bad_and_long_rows_are_reported_together(write, toy):
     file = write([row(0, ""), row(1, "x" * 100)])
-    with pytest.raises(DataError, match=r"(?s)1 bad rows:.*:1: output: empty.*1 rows are longer"):
+    with pytest.raises(DataError, match=r"(?s)1 bad row:.*:1: output: empty.*1 row is longer"):
         prepare(config(file, max_length=64), toy)
 
 
@@ -148,7 +148,7 @@ def test_an_end_that_nobody_learns_from_is_no_reason_to_refuse(write, toy):
     assert whole.learn[-1] == 0, "the newline after the answer"
     cut = prepare(config(file, template="chatml", max_length=whole.num_tokens - 1), toy).train[0]
     assert cut.learn == whole.learn[:-1]
-    with pytest.raises(DataError, match="1 rows are longer"):
+    with pytest.raises(DataError, match="1 row is longer"):
         prepare(config(file, template="chatml", max_length=whole.num_tokens - 2), toy)
 
 

@@ -187,9 +187,8 @@ def _set_up_device(config: RunConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         total = torch.cuda.get_device_properties(device).total_memory
-        budget = (
-            total if config.memory.budget is None else config.memory.budget * 1e9
-        )  # an earlier run may have set one
+        # Also without a budget: an earlier run in this process may have set one.
+        budget = total if config.memory.budget is None else config.memory.budget * 1e9
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
