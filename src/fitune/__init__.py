@@ -9,6 +9,7 @@ Importing this loads no torch; each function brings what it needs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,23 +44,25 @@ def train(
 
     Args:
         config: a YAML file, a nested mapping as in one, or a `RunConfig`.
-        overrides: `section.key=value` pairs, applied to a file.
+        overrides: `section.key=value` pairs over it.
         quiet: print nothing.
         replace: remove an earlier run in the same folder first.
 
     Raises:
         FituneError: its subclass tells what went wrong (`fitune.errors`).
     """
-    from fitune.config import build
     from fitune.config import load as load_config
+    from fitune.config.load import apply_overrides, build
 
     if isinstance(config, str | Path):
-        config = load_config(config, overrides)
-    elif isinstance(config, Mapping):
-        config = build(config)
+        resolved = load_config(config, overrides)
+    else:  # a RunConfig may be unresolved and unchecked: `build` does both
+        tree = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else config.model_dump()
+        apply_overrides(tree, overrides)
+        resolved = build(tree)
     from fitune.training.run import train as run_config
 
-    return run_config(config, quiet=quiet, replace=replace)
+    return run_config(resolved, quiet=quiet, replace=replace)
 
 
 def resume(run: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> Result:

@@ -43,7 +43,7 @@ def test_a_resumed_run_is_bit_identical(gpu_tree, tmp_path, dtype, packing):
     for step in (half / "checkpoints").iterdir():
         if step.name > "step_000010":
             shutil.rmtree(step)
-    run.resume(half, [f"output.dir={half}"], quiet=True)
+    run.resume(half, quiet=True)
     assert metrics(half) == metrics(whole)
     file = "adapter/adapter_model.safetensors"
     assert (half / file).read_bytes() == (whole / file).read_bytes()
@@ -69,7 +69,7 @@ def test_8_bit_adam_trains_and_resumes(gpu_tree, tmp_path):
     for step in (half / "checkpoints").iterdir():
         if step.name > "step_000010":
             shutil.rmtree(step)
-    run.resume(half, [f"output.dir={half}"], quiet=True)
+    run.resume(half, quiet=True)
     assert metrics(half) == metrics(tmp_path / "run")
 
 

@@ -84,6 +84,9 @@ class StepPlan:
 
     def step(self, number: int) -> Step:
         """Rows of optimizer step `number`, counted from 0."""
+        if self._config.global_batch_tokens is None:  # every epoch has as many steps
+            epoch, index = divmod(number, self.steps_of_epoch(0))
+            return Step(epoch, index, self._epoch(epoch)[index])
         epoch = max(e for e, start in enumerate(self._starts) if start <= number)
         while number >= self._starts[epoch] + len(self._epoch(epoch)):
             self._starts.append(self._starts[epoch] + len(self._epoch(epoch)))
@@ -93,15 +96,19 @@ class StepPlan:
 
     def steps_of_epoch(self, epoch: int) -> int:
         """How many optimizer steps one epoch has."""
+        if self._config.global_batch_tokens is None:
+            return math.ceil(len(self._lengths) / (self._config.global_batch_rows or 1))
         return len(self._epoch(epoch))
 
     def _count(self) -> int:
         if self._config.max_steps is not None:
             return self._config.max_steps
         whole, part = divmod(self._config.epochs, 1.0)
-        total = sum(len(self._epoch(epoch)) for epoch in range(int(whole)))
+        if self._config.global_batch_tokens is None:
+            return max(1, math.ceil(self._config.epochs * self.steps_of_epoch(0)))
+        total = sum(self.steps_of_epoch(epoch) for epoch in range(int(whole)))
         if part:
-            total += math.ceil(part * len(self._epoch(int(whole))))
+            total += math.ceil(part * self.steps_of_epoch(int(whole)))
         return max(1, total)
 
     def _build_epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,15 +13,33 @@ import torch
 from fitune.config import RunConfig
 from fitune.data.batches import micro_batches
 from fitune.data.prepare import Row, prepare
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, DataError
 from fitune.infer.load import load
 from fitune.training.path import Path, PlainPath
 
 
-def mean_loss(path: Path, rows: Sequence[Row], config: RunConfig, pad_id: int) -> float:
-    """Cross-entropy per supervised token [nats], summed in float64."""
+class Stopped(Exception):
+    """An evaluation was given up because the run is asked to stop; its caller knows what to do."""
+
+
+def mean_loss(
+    path: Path,
+    rows: Sequence[Row],
+    config: RunConfig,
+    pad_id: int,
+    stop: Callable[[], object] = lambda: None,
+) -> float:
+    """Cross-entropy per supervised token [nats], summed in float64.
+
+    Args:
+        stop: asked before each micro batch; a true answer gives up.
+    Raises:
+        Stopped: `stop` said so.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches(rows, config.data, config.train, pad_id):
+        if stop():
+            raise Stopped
         total += path.loss(batch).double().cpu()
     return (total / sum(row.num_supervised for row in rows)).item()
 
@@ -42,7 +61,9 @@ def evaluate_run(run: FilePath, files: tuple[str, ...] = ()) -> dict[str, Any]:
     elif data.eval is None:
         raise ConfigError(f"{run} has no held-out rows (data.eval is not set); give files: --data FILE")
     else:
-        rows = prepare(data, loaded.tokenizer).eval
+        dataset = prepare(data, loaded.tokenizer)
+        _check_data(run, dataset.fingerprint)
+        rows = dataset.eval
     path = PlainPath(loaded.model, loaded.device)
     loss = mean_loss(path, rows, config, loaded.pad_id)
     return {
@@ -52,3 +73,16 @@ def evaluate_run(run: FilePath, files: tuple[str, ...] = ()) -> dict[str, Any]:
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
     }
+
+
+def _check_data(run: FilePath, fingerprint: str) -> None:
+    """A changed file gives another held-out split, in which rows may stand that were trained on."""
+    try:
+        recorded = json.loads((run / "result.json").read_text(encoding="utf-8")).get("data_fingerprint")
+    except (OSError, ValueError):
+        recorded = None
+    if recorded != fingerprint:
+        raise DataError(
+            f"{run}: the data files changed since training, so the held-out rows would be others; put the old files "
+            "back, or name what to evaluate: --data FILE"
+        )

@@ -11,17 +11,15 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fitune.config import RunConfig
 from fitune.data.batches import Step, micro_batches, pad
 from fitune.data.prepare import Row
-from fitune.errors import CheckpointError, DivergedError, Interrupted, OutOfMemoryError
-from fitune.training.evaluate import mean_loss
+from fitune.errors import CheckpointError, DivergedError, Interrupted
+from fitune.training.evaluate import Stopped, mean_loss
 from fitune.training.metrics import memory_bytes
 from fitune.training.optim import learning_rate
 from fitune.training.saving import save
@@ -35,26 +33,41 @@ MAX_FAILED_SAVES = 3
 def run(session: Session, state: State) -> None:
     """Train from `state` to the last step; `state` is updated in place.
 
+    Each turn does what is due at `state.step` and then one step, so that a run stopped or killed anywhere finds its
+    place again: an evaluation that was given up is done by the resumed run.
+
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was committed.
         DivergedError: several steps in a row had a non-finite loss or gradient.
-        OutOfMemoryError: the device has too little memory.
         CheckpointError: checkpoints cannot be written.
     """
     train, total = session.config.train, session.steps.total_steps
-    failed_saves = 0
-    if state.step == 0:
-        _evaluate_and_log(session, state)
-    while state.step < total:
+    saver = _Saver(session)
+    while True:
         if session.stop.requested:
             save(session, state)
             raise Interrupted(
                 f"stopped by {session.stop.requested} after step {state.step} of {total}; everything is saved. "
                 f"Continue with: fitune resume {session.folder.path}"
             )
-        with memory_errors(session.config, f"step {state.step + 1}"):
-            row = _step(session, state)
+        last = state.step >= total
+        due = last or state.step % (train.eval_every_steps or total) == 0
+        before = (state.best_step, state.best_eval_loss)
+        improved = False
+        if due and session.dataset.eval and state.evaluated_step != state.step:
+            try:
+                improved = _evaluate_and_log(session, state)
+            except Stopped:
+                continue
+        if (last or improved or state.step % train.save_every_steps == 0) and state.step > 0:
+            saved = saver.save(state, must=last)
+            if improved and not saved:  # nothing on disk to publish it from
+                state.best_step, state.best_eval_loss = before
+        if last:
+            return
+        row = _step(session, state)
         state.step += 1
+        state.seconds += row["seconds"]
         session.folder.append_metrics(row)
         session.display.step(row) if row["kind"] == "train" else session.display.skipped(row)
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW or state.skipped >= MAX_SKIPPED:
@@ -64,47 +77,27 @@ def run(session: Session, state: State) -> None:
                 f"checkpoint is good. Lower train.learning_rate (now {train.learning_rate:g}), raise "
                 "train.warmup_steps, or use model.dtype=bf16 or fp32"
             )
-        last = state.step == total
-        improved = False
-        if last or state.step % (train.eval_every_steps or total) == 0:
-            improved = _evaluate_and_log(session, state)
-        if last or improved or state.step % train.save_every_steps == 0:
-            try:
-                save(session, state)
-                failed_saves = 0
-            except CheckpointError as error:
-                failed_saves += 1
-                if last or failed_saves >= MAX_FAILED_SAVES:
-                    raise
-                session.display.note(f"checkpoint of step {state.step} not saved, training goes on: {error}")
 
 
-@contextmanager
-def memory_errors(config: RunConfig, doing: str) -> Iterator[None]:
-    """Turn running out of memory into an `OutOfMemoryError` that says what to change."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(config, doing, str(error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch's CPU allocator has no exception class of its own
-            raise
-        raise _out_of_memory(config, doing, str(error)) from error
+class _Saver:
+    """Commits checkpoints; a failure costs that checkpoint, `MAX_FAILED_SAVES` in a row end the run."""
 
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._failed = 0
 
-def _out_of_memory(config: RunConfig, doing: str, reason: str) -> OutOfMemoryError:
-    train, data = config.train, config.data
-    micro = "micro_batch_tokens" if data.packing else "micro_batch_rows"
-    hints = [f"halve train.{micro} (now {getattr(train, micro)}; the update stays the same)"]
-    if not train.activation_checkpointing:
-        hints.append("set train.activation_checkpointing=true")
-    hints.append(f"lower data.max_length (now {data.max_length})")
-    if config.memory.budget is not None:
-        hints.append(f"raise memory.budget (now {config.memory.budget:g} GB)")
-    return OutOfMemoryError(
-        f"out of memory in {doing}: {(reason.splitlines() or ['?'])[0]:.200}. Then continue with `fitune resume "
-        f"{config.output.dir} KEY=VALUE`, or start again: {'; '.join(hints)}"
-    )
+    def save(self, state: State, must: bool) -> bool:
+        """True if the checkpoint is on disk; with `must` a failure is raised."""
+        try:
+            save(self._session, state)
+        except CheckpointError as error:
+            self._failed += 1
+            if must or self._failed >= MAX_FAILED_SAVES:
+                raise
+            self._session.display.note(f"checkpoint of step {state.step} not saved, training goes on: {error}")
+            return False
+        self._failed = 0
+        return True
 
 
 def _step(session: Session, state: State) -> dict[str, Any]:
@@ -114,10 +107,12 @@ def _step(session: Session, state: State) -> dict[str, Any]:
     rows = [session.dataset.train[i] for i in step.rows]
     num_supervised = sum(row.num_supervised for row in rows)
     train = session.config.train
+    scale = state.loss_scale.scale
     while True:
         loss_sum, padded = _accumulate(session, state, rows, num_supervised)
         norm, loss = _norm_and_loss(session, loss_sum, state.loss_scale.scale, num_supervised)
-        if (math.isfinite(norm) and math.isfinite(loss)) or not state.loss_scale.can_shrink():
+        # Only an overflow of gradients gets better by a smaller scale; the loss itself is not scaled.
+        if math.isfinite(norm) or not math.isfinite(loss) or not state.loss_scale.can_shrink():
             break
         state.loss_scale.shrink()
     facts: dict[str, Any] = {"step": state.step + 1, "epoch": round(step.epoch + _share(session, step), 4)}
@@ -125,9 +120,11 @@ def _step(session: Session, state: State) -> dict[str, Any]:
         reason = "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"
         names = _culprits(session, state, rows)
         session.optimizer.zero()
+        state.loss_scale.scale = scale  # it was not the scale
         state.skipped_in_a_row += 1
         state.skipped += 1
-        return {"kind": "skipped", **facts, "reason": reason, "rows": names}
+        took = round(time.perf_counter() - started, 4)
+        return {"kind": "skipped", **facts, "reason": reason, "rows": names, "seconds": took}
     rate = learning_rate(train, state.step, session.steps.total_steps)
     clip = min(1.0, train.max_grad_norm / norm) if train.max_grad_norm and norm > 0 else 1.0
     if clip / state.loss_scale.scale != 1.0:
@@ -186,25 +183,30 @@ def _culprits(session: Session, state: State, rows: Sequence[Row]) -> list[str]:
 
 
 def _evaluate_and_log(session: Session, state: State) -> bool:
-    """Held-out loss per supervised token; True if it is the lowest so far (the untrained model does not count)."""
+    """Held-out loss per supervised token; True if it is the lowest so far (the untrained model does not count).
+
+    Raises:
+        Stopped: the run was asked to stop meanwhile; nothing was recorded.
+    """
     rows = session.dataset.eval
-    if not rows:
-        return False
     started = time.perf_counter()
-    loss = mean_loss(session.path, rows, session.config, session.pad_id)
+    loss = mean_loss(session.path, rows, session.config, session.pad_id, lambda: session.stop.requested)
     improved = state.step > 0 and math.isfinite(loss) and (state.best_eval_loss is None or loss < state.best_eval_loss)
     if state.step == 0:
         state.first_eval_loss = loss
     if improved:
         state.best_step, state.best_eval_loss = state.step, loss
     state.last_eval_loss = loss
+    state.evaluated_step = state.step
+    seconds = round(time.perf_counter() - started, 4)
+    state.seconds += seconds
     row = {
         "kind": "eval",
         "step": state.step,
         "loss": loss,
         "supervised_tokens": sum(row.num_supervised for row in rows),
         "best": improved,
-        "seconds": round(time.perf_counter() - started, 4),
+        "seconds": seconds,
     }
     session.folder.append_metrics(row)
     session.display.eval(row)

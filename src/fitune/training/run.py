@@ -6,9 +6,11 @@ result = resume(Path("runs/demo"))
 
 from __future__ import annotations
 
+import json
 import os
-import time
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from fitune.data.batches import StepPlan
 from fitune.data.prepare import Dataset, prepare, write_rejected
 from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import ConfigError, DivergedError, FituneError, Interrupted
+from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
 from fitune.training import checkpoint, loop, samples
+from fitune.training.limits import memory_errors, process_state, set_up_device
 from fitune.training.metrics import memory_bytes, versions
 from fitune.training.optim import LossScale, MasterOptimizer
 from fitune.training.path import PlainPath, check_packing
@@ -78,16 +81,15 @@ def train(config: RunConfig, *, quiet: bool = False, replace: bool = False) -> R
         FituneError: see `fitune.errors`; nothing is left behind unless training had begun.
     """
     target = Path(config.output.dir or "runs/run")
-    if not replace:
-        RunFolder.check_free(target)
-    prepared = _prepare(config)
-    with StopRequest() as stop:
+    RunFolder.check_free(target, replace)
+    with process_state(), StopRequest() as stop:
+        prepared = _prepare(config, quiet)
         session = _assemble(prepared, target, stop, quiet)
-        _check_packing(session)
-        session.folder = RunFolder.create(target, dump(prepared.config), replace=replace)
+        need_bytes = (config.train.keep_checkpoints + 2) * _checkpoint_bytes(session)
+        session.folder = RunFolder.create(target, dump(prepared.config), replace=replace, need_bytes=need_bytes)
         with session.folder.lock():
             write_rejected(session.folder.path / "rejected.jsonl", session.dataset.rejected)
-            return _run(session, _fresh_state(session), time.perf_counter())
+            return _run(session, _fresh_state(session))
 
 
 def resume(run: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> Result:
@@ -97,58 +99,93 @@ def resume(run: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> 
         overrides: `section.key=value`; those that cannot be applied to a running run are refused.
     """
     folder = RunFolder.open(run)
-    with folder.lock():
-        tree = read_yaml(folder.path / "config.yaml")
-        apply_overrides(tree, overrides)
-        config = build(tree, name=folder.path.name)
+    with folder.lock(), process_state(), StopRequest() as stop:
+        config = _config_to_resume(folder, overrides)
         stored, problems = checkpoint.newest(folder)
-        changes = check_changes(stored, config) if stored else []
+        changes = check_changes(stored, config) if stored else list(overrides)
         if stored:  # bit-identical sums need the same number of threads
             torch.set_num_threads(min(stored.manifest["facts"]["num_threads"], os.cpu_count() or 1))
-        prepared = _prepare(config)
-        with StopRequest() as stop:
-            session = _assemble(prepared, folder.path, stop, quiet)
-            session.folder = folder
-            for problem in problems:
-                session.display.note(problem)
-            for change in changes:
-                session.display.note(f"changed: {change}")
-            state = restore(session, stored) if stored else _fresh_state(session)
-            checkpoint.drop_after(folder, state.step)  # damaged newer ones would stand in the way of their successors
-            if changes:
-                folder.write_text("config.yaml", dump(prepared.config))
-            folder.cut_metrics(state.step if stored else -1)
-            session.display.note(f"continuing at step {state.step} of {session.steps.total_steps}")
-            return _run(session, state, time.perf_counter())
+        prepared = _prepare(config, quiet)
+        session = _assemble(prepared, folder.path, stop, quiet)
+        for text in (*problems, *(f"changed: {change}" for change in changes)):
+            session.note(text)
+        state = restore(session, stored) if stored else _fresh_state(session)
+        total = session.steps.total_steps
+        if state.step > total:
+            raise ConfigError(
+                f"{run} is at step {state.step}, but the settings ask for {total} steps in all; raise train.max_steps "
+                "or train.epochs"
+            )
+        if state.step == total and not changes and _finished(folder):
+            session.note(f"already done: all {total} steps; raise train.max_steps or train.epochs to go on")
+            return _result(session, state, folder.read_json("result.json")["best_step"])
+        checkpoint.drop_after(folder, state.step)  # damaged newer ones would stand in the way of their successors
+        folder.write_text("config.yaml", dump(prepared.config))
+        folder.cut_metrics(state.step if stored else -1, evaluated=state.evaluated_step == state.step)
+        if not stored:
+            write_rejected(folder.path / "rejected.jsonl", session.dataset.rejected)
+        session.note(f"continuing at step {state.step} of {total}")
+        return _run(session, state)
 
 
-def _prepare(config: RunConfig) -> _Prepared:
+def _config_to_resume(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
+    if any(override.strip().startswith("output.dir") for override in overrides):
+        raise ConfigError("a run stays where it is: output.dir cannot be changed on resume; move the folder instead")
+    tree = read_yaml(folder.path / "config.yaml")
+    apply_overrides(tree, overrides)
+    apply_overrides(tree, [f"output.dir={json.dumps(str(folder.path))}"])  # it may have been moved
+    return build(tree, name=folder.path.name)
+
+
+def _finished(folder: RunFolder) -> bool:
+    file = folder.path / "result.json"
+    return file.is_file() and folder.read_json("result.json").get("status") == "done"
+
+
+def _checkpoint_bytes(session: Session) -> int:
+    """Room for one checkpoint: trainable weights, masters and two states in fp32."""
+    return 16 * count_parameters(session.model)[0]
+
+
+def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
     """Everything that can go wrong before the model loads goes wrong here."""
     if not config.data.train:
         raise ConfigError("data.train is not set; give one or more .json or .jsonl files: data.train=FILE")
     device = pick_device(config.train.device)
-    tree = config.model_dump()
-    tree["model"]["dtype"] = pick_dtype(config.model.dtype, device)
-    config = RunConfig.model_validate(tree)
+    config = _with_facts_of_this_machine(config, device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
-    longest = raw.config.get("max_position_embeddings")
+    longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
     if isinstance(longest, int) and config.data.max_length > longest:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but this model has {longest} positions; "
             f"set data.max_length={longest} or less"
         )
     tokenizer = Tokenizer.load(model_folder)
-    dataset = prepare(config.data, tokenizer)
-    return _Prepared(config, model_folder, tokenizer, dataset, device)
+    resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
+    if not quiet:
+        print(f"reading {', '.join(config.data.train)}", file=sys.stderr, flush=True)
+    return _Prepared(config, model_folder, tokenizer, prepare(config.data, tokenizer), device)
+
+
+def _with_facts_of_this_machine(config: RunConfig, device: torch.device) -> RunConfig:
+    """Fill in the dtype; make local paths absolute, so that the run can be opened from any folder."""
+    tree = config.model_dump()
+    tree["model"]["dtype"] = pick_dtype(config.model.dtype, device)
+    if Path(config.model.path).expanduser().is_dir() and config.model.path != "embedded":
+        tree["model"]["path"] = str(Path(config.model.path).expanduser().absolute())
+    tree["data"]["train"] = [str(Path(file).absolute()) for file in config.data.train]
+    if isinstance(config.data.eval, tuple):
+        tree["data"]["eval"] = [str(Path(file).absolute()) for file in config.data.eval]
+    return RunConfig.model_validate(tree)
 
 
 def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool) -> Session:
     config, device, dataset = prepared.config, prepared.device, prepared.dataset
-    _set_up_device(config, device)
+    set_up_device(config, device)
     steps = StepPlan([row.num_tokens for row in dataset.train], config.train)
     assert config.model.dtype is not None, "resolved"
-    with loop.memory_errors(config, "loading the model"):
+    with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device)
     if base.vocab_size < prepared.tokenizer.vocab_size:
         raise ConfigError(
@@ -156,8 +193,12 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
             f"{base.vocab_size} embedding rows; tokenizer and model do not belong together"
         )
     method = METHODS[config.method.name]
-    torch.manual_seed(config.train.seed)  # adapter initialisation
-    model = method.apply(base, config.method)
+    with memory_errors(config, "adding trainable weights", None):
+        torch.manual_seed(config.train.seed)  # adapter initialisation
+        model = method.apply(base, config.method)
+        if config.data.packing:
+            check_packing(model, device, list(dataset.train[:2]))
+        optimizer = MasterOptimizer(trainable(model), config.train)
     return Session(
         config=config,
         dataset=dataset,
@@ -166,7 +207,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
         method=method,
         model=model,
         path=PlainPath(model, device, config.train.activation_checkpointing),
-        optimizer=MasterOptimizer(trainable(model), config.train),
+        optimizer=optimizer,
         device=device,
         folder=RunFolder(target),
         facts={
@@ -180,51 +221,66 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     )
 
 
-def _set_up_device(config: RunConfig, device: torch.device) -> None:
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when its first handle is made
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-        # Also without a budget: an earlier run in this process may have set one.
-        budget = total if config.memory.budget is None else config.memory.budget * 1e9
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-
-
-def _check_packing(session: Session) -> None:
-    if session.config.data.packing:
-        check_packing(session.model, session.device, list(session.dataset.train[:2]))
-
-
 def _fresh_state(session: Session) -> State:
     assert session.config.model.dtype is not None, "resolved"
     return State(loss_scale=LossScale.for_dtype(session.config.model.dtype))
 
 
-def _run(session: Session, state: State, started: float) -> Result:
+def _run(session: Session, state: State) -> Result:
     """Train, publish the result, write the report; a failure is recorded before it travels on."""
     session.display.start_step = state.step
+    folder = session.folder
     try:
-        with session.display:
-            _warn_without_effect(session)
-            if state.step == 0:
-                samples.write_before(session)
-            loop.run(session, state)
-        published = publish(session, state)
-        samples.write_after(session)
+        with memory_errors(session.config, "training", folder.path):
+            _write_result(session, state, "running", None)
+            with session.display:
+                _introduce(session)
+                if state.step == 0 and not folder.samples.is_file():
+                    samples.write_before(session)
+                loop.run(session, state)
+            published = publish(session, state)
+            samples.write_after(session)
     except FituneError as error:
-        _write_result(session, state, started, _status(error), None)
-        write_report(session.folder.path)
+        with suppress(CheckpointError):  # a full disk must not hide what went wrong first
+            _write_result(session, state, _status(error), None)
+            write_report(folder.path)
         raise
-    _write_result(session, state, started, "done", published)
-    write_report(session.folder.path)
+    _write_result(session, state, "done", published)
+    write_report(folder.path)
+    return _result(session, state, published)
+
+
+def _result(session: Session, state: State, published: int) -> Result:
     return Result(session.folder.path, state.step, published, state.first_eval_loss, state.best_eval_loss)
+
+
+def _introduce(session: Session) -> None:
+    """Say what is about to happen, and what of the data is not used."""
+    config, summary = session.config, session.dataset.summary
+    trained, total = count_parameters(session.model)
+    layout = f"template {summary['template']}" if summary["template"] else "raw text"
+    session.display.note(
+        f"data: {summary['train_rows']:,} rows to train on, {summary['eval_rows']:,} held out, "
+        f"{summary['rejected_rows']:,} rejected, {summary['truncated_rows']:,} cut at {config.data.max_length:,} "
+        f"tokens; {layout}"
+    )
+    if summary["eval_rows_also_in_train"]:
+        session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
+    session.display.note(
+        f"model: {config.model.path}, {config.model.dtype} on {session.device}; {config.method.name} trains "
+        f"{trained:,} of {total:,} parameters ({trained / total:.4%})"
+    )
+    _warn_without_effect(session)
 
 
 def _warn_without_effect(session: Session) -> None:
     if session.config.memory.budget is not None and session.device.type != "cuda":
         session.display.note("memory.budget has no effect on CPU")
+    if session.config.train.warmup_steps >= session.steps.total_steps:
+        session.display.note(
+            f"train.warmup_steps is {session.config.train.warmup_steps}, but the run has only "
+            f"{session.steps.total_steps} steps: the learning rate never reaches its peak"
+        )
     if session.config.train.max_steps is not None and session.config.train.epochs != 1.0:
         session.display.note("train.epochs has no effect: train.max_steps decides")
 
@@ -235,7 +291,7 @@ def _status(error: FituneError) -> str:
     return "diverged" if isinstance(error, DivergedError) else "failed"
 
 
-def _write_result(session: Session, state: State, started: float, status: str, published: int | None) -> None:
+def _write_result(session: Session, state: State, status: str, published: int | None) -> None:
     trainable_count, total = count_parameters(session.model)
     value: dict[str, Any] = {
         "status": status,
@@ -247,13 +303,13 @@ def _write_result(session: Session, state: State, started: float, status: str, p
         "last_eval_loss": state.last_eval_loss,
         "skipped_steps": state.skipped,
         "tokens": state.tokens,
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(state.seconds, 2),
         "trainable_parameters": trainable_count,
         "total_parameters": total,
         "peak_memory_bytes": memory_bytes(session.device),
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
-        "template": resolve_template(session.config.data.template, session.tokenizer).name,
         "data": session.dataset.summary,
+        "data_fingerprint": session.dataset.fingerprint,
         **{key: value for key, value in asdict(state.loss_scale).items() if key == "scale"},
         "versions": session.facts["versions"],
     }

@@ -205,6 +205,11 @@ class RunFolder:
             finally:
                 os.close(handle)
 
+    def append_log(self, text: str) -> None:
+        """Add a line to log.txt: what was said besides metrics (fallbacks, changed settings, retries)."""
+        with writing(self.path / "log.txt"), (self.path / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+
     def sync_metrics(self) -> None:
         """Force the metrics to the disk; part of a commit, so that no checkpoint is ahead of its rows."""
         if self.metrics.exists():
@@ -215,15 +220,22 @@ class RunFolder:
         """All whole rows; a line cut by a crash is left out."""
         return [row for _, row in self._metric_lines()]
 
-    def cut_metrics(self, after_step: int) -> int:
+    def cut_metrics(self, after_step: int, evaluated: bool = True) -> int:
         """Remove rows past `after_step` and damaged lines, so that a resumed run writes each row once.
 
+        Args:
+            evaluated: False drops the evaluation of `after_step` too: the resumed run will do it.
         Returns:
             Bytes removed; kept rows are unchanged to the byte.
         """
         if not self.metrics.exists():
             return 0
-        kept = b"".join(line for line, row in self._metric_lines() if row.get("step", after_step) <= after_step)
+        again = None if evaluated else ("eval", after_step)
+        kept = b"".join(
+            line
+            for line, row in self._metric_lines()
+            if row.get("step", after_step) <= after_step and (row.get("kind"), row.get("step")) != again
+        )
         removed_bytes = self.metrics.stat().st_size - len(kept)
         if removed_bytes:
             write_atomic(self.metrics, kept)

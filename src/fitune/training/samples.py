@@ -15,7 +15,9 @@ FILE = "samples.json"
 
 
 def write_before(session: Session) -> None:
-    """Answer the sample prompts with the untrained model and store them."""
+    """Answer the sample prompts with the untrained model and store them; not while being asked to stop."""
+    if session.stop.requested:
+        return
     rows = _rows(session)
     entries: list[dict[str, Any]] = []
     for row, answer in zip(rows, _answers(session, rows), strict=True):
@@ -24,7 +26,7 @@ def write_before(session: Session) -> None:
             {
                 "source": row.source,
                 "prompt": session.tokenizer.decode(list(row.input_ids[:split])),
-                "reference": session.tokenizer.decode(list(row.input_ids[split:])),
+                "reference": session.tokenizer.decode(list(row.input_ids[split : _answer_end(row, split)])),
                 "before": answer,
             }
         )
@@ -33,6 +35,8 @@ def write_before(session: Session) -> None:
 
 def write_after(session: Session) -> None:
     """Answer the same prompts with the published weights."""
+    if not session.folder.samples.is_file():
+        return
     rows = _rows(session)
     entries = session.folder.read_json(FILE)
     for entry, answer in zip(entries, _answers(session, rows), strict=True):
@@ -44,6 +48,12 @@ def prompt_length(row: Row) -> int:
     """Tokens before the first supervised one; for raw text a short opening."""
     first = row.learn.find(1)
     return first if first > 1 else min(TEXT_PROMPT_TOKENS, max(1, row.num_tokens // 2))
+
+
+def _answer_end(row: Row, start: int) -> int:
+    """End of the answer that starts at `start`: a conversation may go on after it."""
+    end = row.learn.find(0, start)
+    return end if end > 0 else row.num_tokens
 
 
 def _rows(session: Session) -> list[Row]:

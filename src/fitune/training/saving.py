@@ -40,7 +40,10 @@ RESUMABLE = frozenset(
         "train.eval_every_steps",
         "train.keep_checkpoints",
         "memory.budget",
-        "output.dir",
+        # Where files are; what they hold is guarded by fingerprints.
+        "model.path",
+        "data.train",
+        "data.eval",
     }
 )
 
@@ -59,12 +62,20 @@ def save(session: Session, state: State) -> None:
         checkpoint.save_tensors(folder / OPTIMIZER, session.optimizer.state(), require_finite=True)
         write_json(folder / STATE, state.to_json())
 
-    if (session.folder.checkpoints / f"step_{state.step:06d}").exists():
-        return  # the same state is already there: a stop right after a regular save, or right after a resume
+    stored = session.folder.checkpoints / f"step_{state.step:06d}" / STATE
+    if stored.is_file() and _same(stored, state):
+        return  # already there: a stop right after a regular save, or right after a resume
     facts = {**session.facts, "config": leaves(session.config), "num_threads": torch.get_num_threads()}
     checkpoint.commit(session.folder, state.step, write, facts)
     protect = {state.step} | ({state.best_step} if state.best_step is not None else set())
     checkpoint.prune(session.folder, session.config.train.keep_checkpoints, protect)
+
+
+def _same(stored: Path, state: State) -> bool:
+    try:
+        return bool(json.loads(stored.read_text(encoding="utf-8")) == state.to_json())
+    except (OSError, ValueError):
+        return False
 
 
 def restore(session: Session, stored: Checkpoint) -> State:
@@ -99,7 +110,7 @@ def check_changes(stored: Checkpoint, config: RunConfig) -> list[str]:
     """
     old: dict[str, Any] = stored.manifest["facts"]["config"]
     new = leaves(config)
-    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+    changed = sorted(key for key in (old | new).keys() - {"output.dir"} if old.get(key) != new.get(key))
     lines = {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed}
     refused = [lines[key] for key in changed if key not in RESUMABLE]
     if refused:
@@ -115,8 +126,14 @@ def publish(session: Session, state: State) -> int:
     step = state.step
     if state.best_step is not None and state.best_step != state.step:
         path = session.folder.checkpoints / f"step_{state.best_step:06d}"
-        session.method.load(session.model, path / session.method.folder)
-        step = state.best_step
+        try:
+            checkpoint.verify(path)
+            session.method.load(session.model, path / session.method.folder)
+            step = state.best_step
+        except CheckpointError as error:
+            session.note(
+                f"the best held-out step {state.best_step} cannot be used ({error}); the last step is published"
+            )
 
     def write(folder: Path) -> None:
         session.method.save(session.model, folder, base_facts(session))

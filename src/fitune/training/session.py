@@ -26,12 +26,16 @@ class State:
 
     Attributes:
         tokens: training tokens seen, padding excluded.
+        seconds: time spent training, earlier halves of a resumed run included.
+        evaluated_step: step of the last finished evaluation; -1 before the first.
         best_step: step of the lowest held-out loss so far.
         skipped_in_a_row, skipped: steps not applied because loss or gradient was not finite.
     """
 
     step: int = 0
     tokens: int = 0
+    seconds: float = 0.0
+    evaluated_step: int = -1
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None
     best_step: int | None = None
@@ -67,6 +71,11 @@ class Session:
     facts: dict[str, Any]
     display: Progress
     stop: StopRequest
+
+    def note(self, text: str) -> None:
+        """Tell the person watching, and keep it in the run's log.txt."""
+        self.display.note(text)
+        self.folder.append_log(text)
 
     @property
     def pad_id(self) -> int:
