@@ -289,3 +289,11 @@ def test_a_full_disk_is_a_checkpoint_error():
         write_rejected(Path("/dev/full"), bad)
     with pytest.raises(CheckpointError, match=r"^disk: cannot write .*: No such file or directory"):
         write_rejected(Path("missing/rejected.jsonl"), bad)
+
+
+def test_reasons_in_the_summary_are_limited(write, toy):
+    bad = [{"messages": [{"role": f"r{i}", "content": "q"}]} for i in range(300)]
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    counts = prepare(config(write([good, *bad]), on_bad_rows="quarantine"), toy).summary["rejected_by_reason"]
+    assert len(counts) == 101
+    assert counts["other reasons"] == 200

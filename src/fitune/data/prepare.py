@@ -232,6 +232,13 @@ def percentile(ordered: Sequence[int], share: float) -> int:
     return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] if ordered else 0
 
 
+def _by_reason(rejected: Sequence[BadRow]) -> dict[str, int]:
+    """How many rows each reason takes away; names in rows can make any number of reasons, so the rarest are one."""
+    counts = Counter(row.kind for row in rejected).most_common()
+    rest = sum(count for _, count in counts[MAX_SHOWN:])
+    return dict(counts[:MAX_SHOWN]) | ({"other reasons": rest} if rest else {})
+
+
 def _summary(
     parts: Sequence[_Part], train: Sequence[Row], held_out: Sequence[Row], rejected: Sequence[BadRow]
 ) -> dict[str, object]:
@@ -254,7 +261,7 @@ def _summary(
         "eval_tokens": sum(row.num_tokens for row in held_out),
         "eval_supervised_tokens": sum(row.num_supervised for row in held_out),
         "rejected_rows": len(rejected),
-        "rejected_by_reason": dict(Counter(row.kind for row in rejected).most_common()),
+        "rejected_by_reason": _by_reason(rejected),
         "truncated_rows": sum(part.num_truncated for part in parts),
         "split_texts": sum(part.num_split for part in parts),
         "train_length_tokens": {
