@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fitune.data.layouts import LAYOUTS
+
 VOCAB_SIZE = 8000
 LATIN_MERGES = 550
 MIN_ALSO_COUNT = 3
@@ -26,17 +28,6 @@ HAN = re.compile("[\u3007\u3400-\u9fff\U00020000-\U0003ffff]")
 # A Latin word takes the space before it along, except after a colon: the token sequence of
 # "Assistant: " + answer is then that of the two parts, whatever the answer.
 WORD = Regex("((?<!:) )?[A-Za-z]+")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' }}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
-    "{% else %}{{ raise_exception('Unknown role: ' + message['role']) }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
 
 
 def common_characters() -> list[str]:
@@ -107,7 +98,7 @@ def main() -> None:
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         **{f"{token[1:-1]}_token": token for token in SPECIAL},
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": LAYOUTS["tutorial"].source,
     }
     text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
     (args.out / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -25,7 +25,7 @@ def test_counts(report):
     assert report.template == "tutorial"
     assert report.num_supervised == 7 + 101 + 7 + 5
     assert sum(count for _, _, count in report.histogram) == 4
-    assert report.histogram[0][0] == 0
+    assert report.histogram[0] == (20, 40, 2)
     assert report.lengths["max"] == 131
 
 
@@ -66,7 +66,7 @@ def test_unknown_characters(write, toy):
 def test_long_texts_are_split_not_cut(write, toy):
     report = examine([write([{"text": "a" * 30}, {"text": "b"}])], DataConfig(max_length=8), toy)
     assert (report.cuts.num_split_texts, report.cuts.num_windows, report.cuts.num_rows) == (1, 4, 0)
-    assert "1 texts are longer than max_length 8 and become 4 rows" in render_text(report)
+    assert "1 text longer than max_length 8: split into 4 rows" in render_text(report)
 
 
 def test_text(report):
@@ -76,10 +76,12 @@ def test_text(report):
         "2 bad rows, by reason:",
         f"  {report.files[0]}:2: output: empty answer",
         "max_length 64 cuts 2 of 4 answers (50.0%) in 2 rows: they lose their end, the end-of-sequence token included",
-        "  data.on_long_rows=truncate would keep 1 of these rows, lose 72 supervised tokens, and reject 1 rows that "
-        "keep none",
+        "  data.on_long_rows=truncate would keep 1 of these rows, lose 72 supervised tokens, and reject 1 row "
+        "with none left",
+        "  data.on_bad_rows=quarantine would train without them; now set: data.on_bad_rows=refuse",
+        "  data.on_long_rows=quarantine would train without 2 rows",
         "  data.max_length=131 keeps every answer whole",
-        "1 rows repeat an earlier row exactly:",
+        "1 row repeating an earlier row exactly:",
         "Human: question 0",
         "Assistant: ⟦answer<eos>⟧",
     ):
@@ -103,7 +105,7 @@ def test_json_has_everything(write, toy):
 def test_only_bad_rows(write, toy):
     report = examine([write([row(0, "")])], DataConfig(), toy)
     assert report.num_bad_rows == 1
-    assert "1 bad rows, by reason:" in render_text(report)
+    assert "1 bad row, by reason:" in render_text(report)
     with pytest.raises(DataError, match="does not exist"):
         examine(["missing.jsonl"], DataConfig(), toy)
 
@@ -121,3 +123,30 @@ def test_real_files(shared, real):
 def test_control_characters_stay_out_of_the_terminal(write, toy):
     report = examine([write([row(0, "\x1b[31mred\x07\ttab")])], DataConfig(), toy)
     assert "⟦�[31mred�\ttab<eos>⟧" in render_text(report)
+
+
+def test_loss_on_all_learns_and_marks_the_whole_conversation(write, toy):
+    turns = [{"role": role, "content": "x" * 10} for role in ("user", "assistant") * 3]
+    files = [write([{"messages": turns}], "a.jsonl"), write([row(0)], "b.jsonl")]
+    report = examine(files, DataConfig(loss_on="all", max_length=50), toy)
+    assert report.num_supervised == report.num_tokens - 2, "all but the first token of each row"
+    assert report.examples[1][1] == "H⟦uman: question 0\n\nAssistant: answer<eos>⟧"
+    assert (report.cuts.num_answers, report.cuts.num_cut_answers, report.cuts.num_hopeless_rows) == (2, 1, 0)
+    assert "max_length 50 cuts 1 of 2 conversations (50.0%) in 1 row:" in render_text(report)
+
+
+def test_conversations_that_are_all_bad_are_no_raw_text(write, toy):
+    text = render_text(examine([write([{"messages": []}])], DataConfig(), toy))
+    assert "template    none (no row is a good conversation)" in text.splitlines()
+    text = render_text(examine([write([{"text": "a"}])], DataConfig(), toy))
+    assert "template    none (raw text)" in text.splitlines()
+
+
+def test_the_histogram_starts_where_rows_are(write, toy):
+    report = examine([write([row(0, "x" * 1000)])], DataConfig(), toy)
+    assert report.histogram == ((1000, 1100, 1),)
+
+
+def test_json_shortens_long_rows(write, toy):
+    report = examine([write([row(0, "") | {"input": "x" * 5000}])], DataConfig(), toy)
+    assert len(json.loads(to_json(report))["bad_rows"][0]["row"]) == 2000

@@ -5,12 +5,14 @@ import json
 import struct
 from array import array
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from fitune.config import DataConfig
+from fitune.data.example import BadRow
 from fitune.data.prepare import Row, percentile, prepare, write_rejected
-from fitune.errors import ConfigError, DataError
+from fitune.errors import CheckpointError, ConfigError, DataError
 
 
 def row(i=0, output="answer"):
@@ -123,7 +125,9 @@ def test_bad_and_long_rows_are_reported_together(write, toy):
 def test_truncation_keeps_what_is_supervised(write, toy):
     file = write([row(), row(1, "x" * 100), {"instruction": "q" * 100, "output": "a"}])
     settings = {"max_length": 64, "on_long_rows": "truncate"}
-    with pytest.raises(DataError, match=r":3: nothing supervised within max_length 64; it has 12\d tokens"):
+    with pytest.raises(
+        DataError, match=r":3: no answer token fits data\.max_length=64 \(the row has 12\d tokens\); raise"
+    ):
         prepare(config(file, **settings), toy)
     data = prepare(config(file, **settings, on_bad_rows="quarantine"), toy)
     cut = data.train[1]
@@ -137,9 +141,8 @@ def test_truncation_keeps_what_is_supervised(write, toy):
 def test_long_rows_can_be_quarantined(write, toy):
     file = write([row(), row(1, "x" * 100)])
     data = prepare(config(file, max_length=64, on_long_rows="quarantine"), toy)
-    assert [str(bad) for bad in data.rejected] == [f"{file}:2: longer than max_length 64; it has 131 tokens"]
-    assert "answer" not in data.rejected[0].raw
-    assert "xxx" in data.rejected[0].raw
+    assert [str(bad) for bad in data.rejected] == [f"{file}:2: longer than data.max_length=64 (the row has 131 tokens)"]
+    assert json.loads(data.rejected[0].raw) == row(1, "x" * 100)
 
 
 def test_an_end_that_nobody_learns_from_is_no_reason_to_refuse(write, toy):
@@ -238,3 +241,59 @@ def test_real_data_with_a_real_tokenizer(shared, real):
         assert (len(data.train), len(data.eval)) == (950, 50)
         assert all(each.input_ids[-1] in (*real(name).stop_ids, 198) for each in data.train)
         assert all(sum(a < b for a, b in pairwise(each.learn)) == 1 for each in data.train)
+
+
+# --- rows that do not fit
+
+
+def test_rows_of_which_nothing_fits_are_named_as_such(write, toy):
+    file = write([row(), row(1, "x" * 100), {"instruction": "q" * 100, "output": "a" * 3000}])
+    with pytest.raises(DataError) as caught:
+        prepare(config(file, max_length=64, on_long_rows="truncate"), toy)
+    message = str(caught.value)
+    assert message.startswith("1 row of which truncation keeps nothing to learn:")
+    assert ":3: no answer token fits data.max_length=64 (the row has 3,121 tokens); raise data.max_length" in message
+    assert "Set data.max_length=3121 to keep them whole, or data.on_bad_rows=quarantine" in message
+    assert "Repair" not in message
+    with pytest.raises(DataError, match=r"\(1 of them would keep no answer token and could only be quarantined\)"):
+        prepare(config(file, max_length=64), toy)
+    with pytest.raises(DataError) as caught:
+        prepare(config(write([row(), row(1, "x" * 100)]), max_length=64), toy)
+    assert "only be quarantined" not in str(caught.value)
+
+
+@pytest.mark.parametrize("on_long_rows", ["truncate", "quarantine"])
+def test_rejected_long_rows_can_be_fed_again(write, toy, tmp_path, on_long_rows):
+    long = {"instruction": "q" * 100, "output": "a" * 3000, "id": 7}
+    settings = {"on_long_rows": on_long_rows, "on_bad_rows": "quarantine"}
+    data = prepare(config(write([row(), long]), max_length=64, **settings), toy)
+    write_rejected(tmp_path / "rejected.jsonl", data.rejected)
+    (again,) = [json.loads(line)["row"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert json.loads(again) == long
+    assert len(prepare(config(write(again, "again.jsonl"), max_length=4000), toy).train) == 1
+
+
+def test_rows_that_the_template_refuses_keep_their_json(write, make_tokenizer):
+    toy = make_tokenizer(chat_template="{{ raise_exception('no') }}")
+    file = write([row()])
+    with pytest.raises(DataError, match=r"no training rows are left"):
+        prepare(config(file, on_bad_rows="quarantine"), toy)
+    with pytest.raises(DataError, match=r"refuses the conversation: no; data\.template=tutorial takes it"):
+        prepare(config(file), toy)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_checkpoint_error():
+    bad = [BadRow("f", 1, "reason", "x")]
+    with pytest.raises(CheckpointError, match=r"^disk: cannot write /dev/full: No space left on device; choose"):
+        write_rejected(Path("/dev/full"), bad)
+    with pytest.raises(CheckpointError, match=r"^disk: cannot write .*: No such file or directory"):
+        write_rejected(Path("missing/rejected.jsonl"), bad)
+
+
+def test_reasons_in_the_summary_are_limited(write, toy):
+    bad = [{"messages": [{"role": f"r{i}", "content": "q"}]} for i in range(300)]
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    counts = prepare(config(write([good, *bad]), on_bad_rows="quarantine"), toy).summary["rejected_by_reason"]
+    assert len(counts) == 101
+    assert counts["other reasons"] == 200

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fitune.data.scan import MAX_ROW_BYTES
-from fitune.data.sources import Message, read
+from fitune.data.sources import BadRow, Message, read
 from fitune.errors import DataError
 
 GOOD = {"instruction": "say hi", "input": "", "output": "hi"}
@@ -94,11 +94,72 @@ def test_a_format_can_be_required(write):
 
 
 def test_no_known_format(write):
-    result = read([write([{"prompt": "a", "completion": "b"}, {}])])
+    result = read([write([{"question": "a", "answer": "b"}, {}])])
+    expected = "no known format; expected instruction and output, messages, prompt and completion, or text"
     assert [row.reason for row in result.bad_rows] == [
-        "keys prompt, completion: no known format; expected instruction and output, messages, or text",
-        "an empty object: no known format; expected instruction and output, messages, or text",
+        f"keys question, answer: {expected}",
+        f"an empty object: {expected}",
     ]
+
+
+@pytest.mark.parametrize("format", ["auto", "messages"])
+def test_prompt_and_completion_of_trl(write, format):
+    pair = {"prompt": "q", "completion": "a", "id": 1}
+    turns = {"prompt": [{"role": "developer", "content": "s"}, USER], "completion": [ANSWER]}
+    faults = [
+        {"prompt": "q", "completion": " "},
+        {"prompt": [USER, ANSWER], "completion": [ANSWER]},
+        {"prompt": [USER], "completion": [USER]},
+        {"prompt": 3, "completion": []},
+    ]
+    result = read([write([pair, turns, talk(USER, ANSWER) | {"prompt": "q"}, *faults])], format)
+    plain = (Message("user", "q"), Message("assistant", "a"))
+    assert [example.messages for example in result.examples] == [plain, (Message("system", "s"), *plain), plain]
+    assert set(result.formats_by_file.values()) == {"messages"}
+    assert result.extra_keys == {"id": 1, "prompt": 1}
+    assert [bad.reason for bad in result.bad_rows] == [
+        "completion: empty answer",
+        "completion[0]: assistant after assistant; expected user or tool",
+        "completion[0]: user after user; expected assistant",
+        "prompt: must be text, got a number; completion: empty; prompt: the last turn is user; expected assistant",
+    ]
+
+
+def test_half_a_pair_is_a_bad_row(write):
+    file = write([{"prompt": "q", "completion": "a"}, {"prompt": "q"}])
+    assert reasons(file, "messages") == [(2, "completion: missing")]
+
+
+def test_content_in_parts_is_joined(write):
+    def part(text):
+        return {"type": "text", "text": text}
+
+    user = {"role": "user", "content": [part("a "), part("b")]}
+    image = {"role": "user", "content": [part("a"), {"type": "image_url", "image_url": {}}, "b"]}
+    result = read([write([talk(user, ANSWER), talk(image, ANSWER), talk(USER, {"role": "assistant", "content": []})])])
+    assert result.examples[0].messages[0] == Message("user", "a b")
+    shape = 'must be {"type": "text", "text": ...}, got'
+    assert [bad.reason for bad in result.bad_rows] == [
+        f"messages[0].content[1]: {shape} type 'image_url'; messages[0].content[2]: {shape} another shape",
+        "messages[1].content: empty answer",
+    ]
+
+
+def test_reasons_are_counted_by_name_not_by_place(write):
+    boss = [talk({"role": who, "content": "q"}, ANSWER) for who in ("boss", "boss", "chef")]
+    kinds = [bad.kind for bad in read([write(boss)]).bad_rows]
+    assert kinds[0] == kinds[1] != kinds[2]
+    assert kinds[0].startswith("messages[N].role: unknown role 'boss'; known are system, ")
+    reason = "no answer token fits data.max_length=512 (the row has 8,801 tokens); UTF-8, llama3 isn't at 7, 9's"
+    assert BadRow("f", 1, reason, "").kind == (
+        "no answer token fits data.max_length=512 (the row has N tokens); UTF-8, llama3 isn't at N, N's"
+    )
+
+
+def test_bad_rows_keep_their_whole_json(write):
+    row = GOOD | {"input": "x" * 5000, "output": ""}
+    (bad,) = read([write([row])]).bad_rows
+    assert json.loads(bad.raw) == row
 
 
 def test_several_files_keep_their_formats(write):
@@ -201,7 +262,7 @@ def test_text_faults(write):
     [
         (b'{"instruction": "a" "output": "b"}', "invalid JSON: Expecting ',' delimiter at column 21"),
         (b'{"instruction": "a", "output": "b"', "invalid JSON: Expecting ',' delimiter at column 35"),
-        (b'{"instruction": "a", "output": "b', "invalid JSON: Unterminated string starting at at column 32"),
+        (b'{"instruction": "a", "output": "b', "invalid JSON: Unterminated string starting at column 32"),
         (b"not json", "invalid JSON: Expecting value at column 1"),
         (b'["a"]', "expected an object, got a list"),
         (b'"a"', "expected an object, got text"),

@@ -2,9 +2,11 @@
 
 import pytest
 
+from fitune import embedded_path
 from fitune.data.layouts import LAYOUTS
 from fitune.data.sources import Message
-from fitune.data.templates import resolve_template
+from fitune.data.templates import Template, resolve_template
+from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError, DataError
 
 SINGLE = (Message("user", "q"), Message("assistant", "a"))
@@ -246,7 +248,7 @@ def test_auto_and_unknown_names(toy, make_tokenizer):
         resolve_template("chatlm", toy)
     with pytest.raises(ConfigError, match="has no chat template; use tutorial"):
         resolve_template("model", toy)
-    with pytest.raises(ConfigError, match=r"needs the special tokens <\|im_start\|> or <\|im_end\|>"):
+    with pytest.raises(ConfigError, match=r"needs the special tokens <\|im_start\|> and <\|im_end\|>"):
         resolve_template("chatml", make_tokenizer(special=()))
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         resolve_template("tutorial", make_tokenizer(eos_token=None))
@@ -260,3 +262,47 @@ def test_hash_follows_the_source(toy, make_tokenizer):
     assert one.hash == resolve_template("tutorial", toy).hash
     with_bos = make_tokenizer(bos_first=True)
     assert one.chat_template(with_bos) == "{{- bos_token -}}" + one.chat_template()
+
+
+def test_near_names_only(toy):
+    with pytest.raises(ConfigError) as caught:
+        resolve_template("qwen", toy)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_refusal_says_whether_the_tutorial_layout_helps(make_tokenizer, toy):
+    strict = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"
+    )
+    template = resolve_template("model", make_tokenizer(chat_template=strict + "{% endfor %}"))
+    with pytest.raises(DataError, match=r"refuses the conversation: no tools; data\.template=tutorial takes it$"):
+        template.conversation(TOOLS)
+    with pytest.raises(DataError, match=r"^unknown role 'boss'; allowed are system, user, assistant, tool$"):
+        template.conversation((Message("boss", "q"), Message("assistant", "a")))
+
+
+# The embedded model's chat template before it knew tools; models trained with it must find their ids again.
+EMBEDDED_BEFORE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' }}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
+
+def test_the_embedded_model_has_the_tutorial_layout():
+    tokenizer = Tokenizer.load(embedded_path())
+    assert tokenizer.chat_template == LAYOUTS["tutorial"].source
+    template, before = resolve_template("model", tokenizer), Template("model", EMBEDDED_BEFORE, tokenizer)
+    for messages in (
+        SINGLE,
+        MULTI,
+        ALPACA,
+        (Message("system", "诗"), Message("user", "床前"), Message("assistant", "明月")),
+    ):
+        assert template.conversation(messages) == before.conversation(messages)
+        assert template.prompt_ids(messages[:-1]) == before.prompt_ids(messages[:-1])
+    assert marked(template, tokenizer, TOOLS).endswith("\n\nTool: 42\n\nAssistant: ⟦a<eos>⟧")

@@ -14,7 +14,7 @@ import pytest
 
 from fake_run import AFTER, make_run
 from fitune.errors import CheckpointError
-from fitune.training.record import losses_of, outcome, read_run
+from fitune.training.record import flat, losses_of, outcome, read_run
 from fitune.training.report import write_report
 
 VOID = {"meta", "br"}
@@ -291,3 +291,15 @@ def test_the_page_is_replaced_in_one_step(run: Path, tmp_path: Path, monkeypatch
     assert sorted(file.name for file in run.iterdir() if "report" in file.name) == ["report.html"]
     with pytest.raises(CheckpointError, match="a run folder"):
         write_report(tmp_path / "missing")
+
+
+def test_data_summary_keeps_file_names_and_hides_what_is_empty() -> None:
+    tree = {
+        "train_rows": 3, "rejected_rows": 0, "notes": [], "extra_keys": {}, "packed": False, "share": 0.5,
+        "formats": {"my_poems_v2.jsonl": "messages"}, "rejected_by_reason": {"unknown role 'the_boss'": 2},
+        "train_length_tokens": {"p_50": 7},
+    }  # fmt: skip
+    assert list(flat(tree)) == [
+        ("train rows", 3), ("packed", False), ("share", 0.5), ("formats · my_poems_v2.jsonl", "messages"),
+        ("rejected by reason · unknown role 'the_boss'", 2), ("train length tokens · p 50", 7),
+    ]  # fmt: skip

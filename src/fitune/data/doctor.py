@@ -30,7 +30,7 @@ class Cuts:
 
     Args:
         num_rows: rows of which an answer would be cut.
-        num_answers: answers in all rows.
+        num_answers: answers in all rows; conversations, which are learnt whole, with data.loss_on=all.
         num_cut_answers: answers that would lose their end, the end-of-sequence token included.
         num_lost_supervised: supervised tokens behind the cut.
         num_hopeless_rows: rows that would keep no supervised token; truncation rejects them.
@@ -55,7 +55,7 @@ class DoctorReport:
     Args:
         template: the layout used, None for raw text only.
         lengths: tokens per row: p50, p95, p99, max and mean.
-        histogram: (from, below, rows) buckets of those lengths.
+        histogram: (from, below, rows) buckets of those lengths, from the smallest that has a row.
         duplicates: (first, again) as `file:line`, one pair for every row that repeats an earlier one exactly.
         examples: the first rows as the model sees them, what is learnt between ⟦ and ⟧.
         num_unknown_tokens, num_byte_tokens: tokens for characters that the vocabulary does not know, or knows only
@@ -66,6 +66,8 @@ class DoctorReport:
     formats: Mapping[str, str]
     template: str | None
     max_length: int
+    loss_on: str
+    on_bad_rows: str
     on_long_rows: str
     num_rows: int
     bad_rows: tuple[BadRow, ...]
@@ -97,7 +99,7 @@ def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> Doc
 
     Args:
         files: taken instead of data.train.
-        data: format, template and max_length count; the rules for bad and long rows only change the advice.
+        data: format, template, loss_on and max_length count; the rules for bad and long rows only change the advice.
     Raises:
         DataError: a file cannot be read at all.
         ConfigError: the template cannot be used with the tokenizer.
@@ -106,7 +108,7 @@ def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> Doc
     template = template_for(result, data, tokenizer)
     measure = _Measure(data.max_length, tokenizer)
     bad = list(result.bad_rows)
-    for example, row in encode(result.examples, tokenizer, template):
+    for example, row in encode(result.examples, tokenizer, template, data.loss_on):
         if isinstance(row, BadRow):
             bad.append(row)
         else:
@@ -117,6 +119,8 @@ def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> Doc
         formats=result.formats_by_file,
         template=template.name if template is not None else None,
         max_length=data.max_length,
+        loss_on=data.loss_on,
+        on_bad_rows=data.on_bad_rows,
         on_long_rows=data.on_long_rows,
         num_rows=result.num_rows,
         bad_rows=tuple(sorted(bad, key=lambda row: (row.file, row.line))),
@@ -225,7 +229,7 @@ def _histogram(ordered: Sequence[int]) -> Iterable[tuple[int, int, int]]:
         return
     width = next(w for w in _nice_widths() if w * NUM_BUCKETS > ordered[-1])
     counts = Counter(length // width for length in ordered)
-    for bucket in range(max(counts) + 1):
+    for bucket in range(min(counts), max(counts) + 1):
         yield bucket * width, (bucket + 1) * width, counts[bucket]
 
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fitune.data.example import cap
+
 if TYPE_CHECKING:  # doctor.py hands these two functions on, so that callers import one module
     from fitune.data.doctor import DoctorReport
 
@@ -20,7 +22,7 @@ def to_json(report: DoctorReport) -> str:
     """The whole report, every bad row and duplicate included, as one JSON object."""
     tree = dataclasses.asdict(report)
     tree["bad_rows"] = [
-        {"file": row.file, "line": row.line, "reason": row.reason, "row": row.raw} for row in report.bad_rows
+        {"file": row.file, "line": row.line, "reason": row.reason, "row": cap(row.raw)} for row in report.bad_rows
     ]
     tree["num_bad_rows"] = report.num_bad_rows
     tree["bad_by_reason"] = report.bad_by_reason
@@ -51,7 +53,7 @@ def _overview(report: DoctorReport) -> Iterator[str]:
         yield f"keys that are not used: {keys}"
     good = report.num_rows - report.num_bad_rows
     yield f"rows        {report.num_rows:,}: {good:,} good, {report.num_bad_rows:,} bad"
-    yield f"template    {report.template or 'none (raw text)'}"
+    yield f"template    {report.template or _no_template(report)}"
     yield (
         f"tokens      {report.num_tokens:,}, of which {report.num_supervised:,} "
         f"({_share(report.num_supervised, report.num_tokens)}) are learnt"
@@ -63,10 +65,15 @@ def _overview(report: DoctorReport) -> Iterator[str]:
     )
 
 
+def _no_template(report: DoctorReport) -> str:
+    only_text = set(report.formats.values()) == {"text"}
+    return "none (raw text)" if only_text else "none (no row is a good conversation)"
+
+
 def _bad_rows(report: DoctorReport) -> Iterator[str]:
     if not report.bad_rows:
         return
-    yield f"{report.num_bad_rows:,} bad rows, by reason:"
+    yield f"{_rows(report.num_bad_rows, 'bad row')}, by reason:"
     for reason, count in list(report.bad_by_reason.items())[:20]:
         yield f"  {count:>7,}  {reason}"
     yield "where:"
@@ -74,6 +81,7 @@ def _bad_rows(report: DoctorReport) -> Iterator[str]:
         yield f"  {row}"
     if report.num_bad_rows > MAX_BAD_ROWS:
         yield f"  ... and {report.num_bad_rows - MAX_BAD_ROWS:,} more (--json has all)"
+    yield f"  data.on_bad_rows=quarantine would train without them; now set: data.on_bad_rows={report.on_bad_rows}"
 
 
 def _lengths(report: DoctorReport) -> Iterator[str]:
@@ -92,31 +100,33 @@ def _cuts(report: DoctorReport) -> Iterator[str]:
     cuts = report.cuts
     if cuts.num_split_texts:
         yield (
-            f"{cuts.num_split_texts:,} texts are longer than max_length {report.max_length:,} and become "
+            f"{_rows(cuts.num_split_texts, 'text')} longer than max_length {report.max_length:,}: split into "
             f"{cuts.num_windows:,} rows; each token is kept once"
         )
     if not cuts.num_answers:
         return
+    answer = "answer" if report.loss_on == "answers" else "conversation"
     if not cuts.num_rows:
-        yield f"max_length {report.max_length:,} cuts no answer; {cuts.max_length_for_all:,} would be enough"
+        yield f"max_length {report.max_length:,} cuts no {answer}; {cuts.max_length_for_all:,} would be enough"
         return
     yield (
-        f"max_length {report.max_length:,} cuts {cuts.num_cut_answers:,} of {cuts.num_answers:,} answers "
-        f"({_share(cuts.num_cut_answers, cuts.num_answers)}) in {cuts.num_rows:,} rows: they lose their end, the "
+        f"max_length {report.max_length:,} cuts {cuts.num_cut_answers:,} of {_rows(cuts.num_answers, answer)} "
+        f"({_share(cuts.num_cut_answers, cuts.num_answers)}) in {_rows(cuts.num_rows)}: they lose their end, the "
         "end-of-sequence token included"
     )
     yield (
         f"  data.on_long_rows=truncate would keep {cuts.num_rows - cuts.num_hopeless_rows:,} of these rows, lose "
-        f"{cuts.num_lost_supervised:,} supervised tokens, and reject {cuts.num_hopeless_rows:,} rows that keep none"
+        f"{cuts.num_lost_supervised:,} supervised tokens, and reject {_rows(cuts.num_hopeless_rows)} with none left"
     )
-    yield f"  data.max_length={cuts.max_length_for_all} keeps every answer whole"
+    yield f"  data.on_long_rows=quarantine would train without {_rows(cuts.num_rows)}"
+    yield f"  data.max_length={cuts.max_length_for_all} keeps every {answer} whole"
     yield f"  now set: data.on_long_rows={report.on_long_rows}"
 
 
 def _duplicates(report: DoctorReport) -> Iterator[str]:
     if not report.duplicates:
         return
-    yield f"{len(report.duplicates):,} rows repeat an earlier row exactly:"
+    yield f"{_rows(len(report.duplicates))} repeating an earlier row exactly:"
     for first, again in report.duplicates[:MAX_DUPLICATES]:
         yield f"  {again} repeats {first}"
     if len(report.duplicates) > MAX_DUPLICATES:
@@ -127,6 +137,10 @@ def _shorten(text: str) -> str:
     # Control characters of a data file have no business in a terminal.
     shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:MAX_EXAMPLE_CHARACTERS])
     return shown if len(text) <= MAX_EXAMPLE_CHARACTERS else f"{shown} ... (shortened)"
+
+
+def _rows(count: int, what: str = "row") -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -6,10 +6,13 @@ The vocabulary of this room; `sources.py` makes these from files, `templates.py`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_RAW_CHARACTERS = 2000
 MAX_REASON_CHARACTERS = 1000
+
+# A quoted name as group 1, or a number that is no part of a word (llama3, UTF-8) or of a setting.
+_VARIES = re.compile(r"((?<!\w)'[^']*'(?!\w))|(?<![\w=.-])\d+(?:,\d{3})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One good row: either a conversation or a raw text, and where it stands."""
+    """One good row: either a conversation or a raw text, where it stands, and as which JSON."""
 
     file: str
     line: int
     messages: tuple[Message, ...] | None = None
     text: str | None = None
+    raw: str = field(default="", compare=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -50,7 +54,7 @@ class BadRow:
 
     Args:
         reason: `field: reason`, several joined with `; `.
-        raw: the row's own text, cut at MAX_RAW_CHARACTERS.
+        raw: the row's own JSON, ready to be repaired; of what could not be read, the first MAX_RAW_CHARACTERS.
     """
 
     file: str
@@ -63,8 +67,8 @@ class BadRow:
 
     @property
     def kind(self) -> str:
-        """The reason without what differs from row to row, for counting."""
-        return re.sub(r"'[^']*'|\d[\d,]*", "N", self.reason)
+        """The reason without positions and counts, for counting; quoted names and settings (max_length=512) stay."""
+        return _VARIES.sub(lambda match: match[1] or "N", self.reason)
 
 
 def clean(text: str, limit: int = MAX_REASON_CHARACTERS) -> str:
@@ -73,6 +77,11 @@ def clean(text: str, limit: int = MAX_REASON_CHARACTERS) -> str:
     return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
+def writable(raw: str) -> str:
+    """A row's text with unpaired surrogates as `?`, so that it can be written."""
+    return raw if raw.isascii() else raw.encode("utf-8", "replace").decode("utf-8")
+
+
 def cap(raw: str) -> str:
-    """Shorten a row's text for storage beside its reason; unpaired surrogates become `?` so that it can be written."""
-    return raw[:MAX_RAW_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+    """Shorten a text that is no row, so that a broken file is not kept whole beside its reason."""
+    return writable(raw[:MAX_RAW_CHARACTERS])

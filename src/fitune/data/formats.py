@@ -27,6 +27,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
     "ipython": "tool",
+    "developer": "system",
 }
 
 MAX_TURNS = 1000  # a template is rendered once per answer, so the work grows with the square
@@ -39,6 +40,9 @@ _NEXT: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+
+_TURNS = frozenset({"messages", "conversations"})
+_PAIR = frozenset({"prompt", "completion"})
 
 # Keys of a turn that would change what it means and have no place in a Message.
 _CALL_KEYS = ("tool_calls", "function_call")
@@ -57,6 +61,8 @@ def recognise(row: Row) -> str | None:
         return "messages"
     if "instruction" in row and "output" in row:
         return "alpaca"
+    if "prompt" in row and "completion" in row:
+        return "messages"
     return "text" if "text" in row else None
 
 
@@ -99,23 +105,49 @@ def _history(row: Row, problems: list[str]) -> list[Message]:
 def _messages(row: Row, problems: list[str]) -> Parsed:
     if "messages" in row and "conversations" in row:
         problems.append("messages: stands beside conversations; only one of them is allowed")
+    if row.keys() & _PAIR and not row.keys() & _TURNS:
+        return _prompt_completion(row, problems)
     key = "messages" if "messages" in row else "conversations"
     turns = row.get(key)
     if key not in row:
         problems.append("messages: missing")
-    elif not isinstance(turns, list):
+    turns = _turn_list(key, turns, problems) if key in row else []
+    messages = _system(row, problems)
+    outside = len(messages)
+    messages += [_turn(f"{key}[{i}]", turn, problems) for i, turn in enumerate(turns)]
+    if all(message.role for message in messages[outside:]):
+        _check_order([f"{key}[{i}]" for i in range(len(turns))] or [key], messages, outside, problems)
+    return Parsed(tuple(messages), None)
+
+
+def _turn_list(key: str, turns: object, problems: list[str]) -> list[object]:
+    if not isinstance(turns, list):
         problems.append(f"{key}: must be a list of turns, got {describe(turns)}")
-    elif not turns:
+        return []
+    if not turns:
         problems.append(f"{key}: empty")
     elif len(turns) > MAX_TURNS:
         problems.append(f"{key}: {len(turns):,} turns; at most {MAX_TURNS:,}")
-        turns = []
+        return []
+    return turns
+
+
+def _prompt_completion(row: Row, problems: list[str]) -> Parsed:
+    """TRL's pair: two texts, or two lists of turns which together are the conversation."""
     messages = _system(row, problems)
     outside = len(messages)
-    for i, turn in enumerate(turns if isinstance(turns, list) else ()):
-        messages.append(_turn(f"{key}[{i}]", turn, problems))
-    if all(message.role for message in messages[outside:]):
-        _check_order(key, messages, outside, problems)
+    names = []
+    for key, role, empty in (("prompt", "user", "empty"), ("completion", "assistant", "empty answer")):
+        value = row.get(key)
+        if isinstance(value, list):
+            turns = _turn_list(key, value, problems)
+            messages += [_turn(f"{key}[{i}]", turn, problems) for i, turn in enumerate(turns)]
+            names += [f"{key}[{i}]" for i in range(len(turns))]
+        else:
+            messages.append(Message(role, _filled(row, key, empty, problems)))
+            names.append(key)
+    if names and all(message.role for message in messages[outside:]):
+        _check_order(names, messages, outside, problems)
     return Parsed(tuple(messages), None)
 
 
@@ -140,25 +172,44 @@ def _turn(name: str, turn: object, problems: list[str]) -> Message:
     if text_key not in turn:
         problems.append(f"{where}: missing")
         return Message(role, "")
+    num_problems = len(problems)
+    content = _joined(where, turn[text_key], problems)
+    if len(problems) > num_problems:
+        return Message(role, "")
     if role in ("user", "assistant"):
         empty = "empty answer" if role == "assistant" else "empty"
-        return Message(role, _check_filled(where, turn[text_key], empty, problems))
-    return Message(role, _check_text(where, turn[text_key], problems))
+        return Message(role, _check_filled(where, content, empty, problems))
+    return Message(role, _check_text(where, content, problems))
 
 
-def _check_order(key: str, messages: list[Message], outside: int, problems: list[str]) -> None:
+def _joined(name: str, content: object, problems: list[str]) -> object:
+    """OpenAI's list of text parts as one text; what is no list is handed back."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, dict) else None
+            got = f"type '{kind}'" if isinstance(kind, str) and kind != "text" else "another shape"
+            problems.append(f'{name}[{i}]: must be {{"type": "text", "text": ...}}, got {got}')
+    return "".join(texts)
+
+
+def _check_order(names: list[str], messages: list[Message], outside: int, problems: list[str]) -> None:
     before: str | None = None
     for i, message in enumerate(messages):
         if message.role not in _NEXT[before]:
             after = f"after {before}" if before else "at the beginning"
-            where = f"{key}[{i - outside}]" if i >= outside else "system"
+            where = names[i - outside] if i >= outside else "system"
             problems.append(f"{where}: {message.role} {after}; expected {' or '.join(_NEXT[before])}")
             return
         before = message.role
     if before in ("user", "tool"):
-        problems.append(f"{key}[{len(messages) - outside - 1}]: the last turn is {before}; expected assistant")
+        problems.append(f"{names[-1]}: the last turn is {before}; expected assistant")
     elif before == "system":
-        problems.append(f"{key}: only a system turn")
+        problems.append(f"{names[-1].partition('[')[0]}: only a system turn")
 
 
 def _system(row: Row, problems: list[str]) -> list[Message]:
@@ -219,6 +270,15 @@ class Format(NamedTuple):
 
 FORMATS = {
     "alpaca": Format(_alpaca, frozenset({"instruction", "input", "output", "system", "history", "tools"})),
-    "messages": Format(_messages, frozenset({"messages", "conversations", "system", "tools"})),
+    "messages": Format(_messages, _TURNS | _PAIR | {"system", "tools"}),
     "text": Format(_text, frozenset({"text"})),
 }
+
+# Keys of which at least one stands in every row of a format.
+MARKS = {"alpaca": frozenset({"instruction", "output"}), "messages": _TURNS | _PAIR, "text": frozenset({"text"})}
+
+
+def unused_keys(row: Row, name: str) -> list[str]:
+    """Keys of a row that say nothing in format `name`; a prompt beside messages repeats their first turn."""
+    known = FORMATS[name].keys - (_PAIR if row.keys() & _TURNS else frozenset())
+    return [key for key in row if key not in known]

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fitune.config import DataConfig
-from fitune.data.example import BadRow, Example, cap
-from fitune.data.rows import LongRow, Row, cut, encode, fit, show, windows
+from fitune.data.example import BadRow, Example, writable
+from fitune.data.rows import LongRow, Row, cut, encode, fit, windows
 from fitune.data.sources import ReadResult, read
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import DataError
+from fitune.errors import CheckpointError, DataError
 
 __all__ = ["Dataset", "Row", "percentile", "prepare", "write_rejected"]
 
@@ -50,6 +51,7 @@ class _Part:
     groups: list[list[Row]] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     long: list[tuple[Example, LongRow]] = field(default_factory=list)
+    hopeless: list[tuple[Example, LongRow]] = field(default_factory=list)  # truncation would keep nothing to learn
     num_truncated: int = 0
     num_split: int = 0
     read: ReadResult | None = None
@@ -88,11 +90,19 @@ def prepare(data: DataConfig, tokenizer: Tokenizer) -> Dataset:
 
 
 def write_rejected(path: Path, rejected: Sequence[BadRow]) -> None:
-    """Write rejected rows as JSON Lines: file, line, reason, row (cut at 2,000 characters)."""
-    with path.open("w", encoding="utf-8") as stream:
-        for bad in rejected:
-            row = {"file": bad.file, "line": bad.line, "reason": bad.reason, "row": bad.raw}
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Write rejected rows as JSON Lines: file, line, reason, row (its own JSON, to be repaired and used again).
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    try:
+        with path.open("w", encoding="utf-8") as stream:
+            for bad in rejected:
+                row = {"file": bad.file, "line": bad.line, "reason": bad.reason, "row": bad.raw}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise CheckpointError(f"disk: cannot write {path}: {reason}; choose another output.dir") from error
 
 
 def template_for(result: ReadResult, data: DataConfig, tokenizer: Tokenizer) -> Template | None:
@@ -122,12 +132,16 @@ def _part(files: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer) -> _Pa
                 part.groups.append([cut(row, data.max_length)])
                 part.num_truncated += 1
             else:
-                part.bad.append(_too_long(example, fitted, f"nothing supervised within max_length {data.max_length:,}"))
+                part.hopeless.append((example, fitted))
     return part
 
 
-def _too_long(example: Example, long: LongRow, reason: str) -> BadRow:
-    return BadRow(example.file, example.line, f"{reason}; it has {long.row.num_tokens:,} tokens", cap(show(example)))
+def _too_long(example: Example, long: LongRow, max_length: int, hopeless: bool) -> BadRow:
+    tokens = f"(the row has {long.row.num_tokens:,} tokens)"
+    reason = f"longer than data.max_length={max_length} {tokens}"
+    if hopeless:
+        reason = f"no answer token fits data.max_length={max_length} {tokens}; raise data.max_length"
+    return BadRow(example.file, example.line, reason, writable(example.raw))
 
 
 def _reject(parts: Sequence[_Part], data: DataConfig) -> list[BadRow]:
@@ -135,6 +149,8 @@ def _reject(parts: Sequence[_Part], data: DataConfig) -> list[BadRow]:
     bad = sorted((row for part in parts for row in part.bad), key=lambda row: (row.file, row.line))
     long = [item for part in parts for item in part.long]
     incomplete = [file for part in parts if part.read is not None for file in part.read.incomplete]
+    hopeless = [item for part in parts for item in part.hopeless]
+    nothing_left = [_too_long(item, one, data.max_length, True) for item, one in hopeless]
     complaints = []
     if bad and (data.on_bad_rows == "refuse" or incomplete):
         complaints.append(_listing(f"{len(bad):,} bad row{'s' * (len(bad) > 1)}", [str(row) for row in bad]))
@@ -144,19 +160,37 @@ def _reject(parts: Sequence[_Part], data: DataConfig) -> list[BadRow]:
             complaints.append(
                 "Repair them, or set data.on_bad_rows=quarantine to train without them (they go to rejected.jsonl)."
             )
-    if long and data.on_long_rows == "refuse":
-        lines = [f"{item.source}: {one.row.num_tokens:,} tokens" for item, one in long]
-        count = "1 row is" if len(long) == 1 else f"{len(long):,} rows are"
-        title = f"{count} longer than data.max_length {data.max_length:,}, which would cut the answer"
-        complaints.append(_listing(title, lines))
-        longest = max(one.row.num_tokens for _, one in long)
+    if hopeless and data.on_bad_rows == "refuse":
+        count = f"{len(hopeless):,} row{'s' * (len(hopeless) > 1)}"
+        complaints.append(_listing(f"{count} of which truncation keeps nothing to learn", list(map(str, nothing_left))))
         complaints.append(
-            f"Set data.max_length={longest} to keep them all, data.on_long_rows=truncate to cut them, or "
-            "data.on_long_rows=quarantine to train without them."
+            f"Set data.max_length={_longest(hopeless)} to keep them whole, or data.on_bad_rows=quarantine to train "
+            "without them."
         )
+    if long and data.on_long_rows == "refuse":
+        complaints += _refused_as_long(long, data.max_length)
     if complaints:
         raise DataError("\n".join(complaints))
-    return bad + [_too_long(item, one, f"longer than max_length {data.max_length:,}") for item, one in long]
+    return bad + nothing_left + [_too_long(item, one, data.max_length, False) for item, one in long]
+
+
+def _refused_as_long(long: Sequence[tuple[Example, LongRow]], max_length: int) -> list[str]:
+    lines = [f"{item.source}: {one.row.num_tokens:,} tokens" for item, one in long]
+    count = "1 row is" if len(long) == 1 else f"{len(long):,} rows are"
+    title = f"{count} longer than data.max_length {max_length:,}, which would cut the answer"
+    num_hopeless = sum(not one.num_kept_supervised for _, one in long)
+    but = (
+        f" ({num_hopeless:,} of them would keep no answer token and could only be quarantined)" if num_hopeless else ""
+    )
+    advice = (
+        f"Set data.max_length={_longest(long)} to keep them all, data.on_long_rows=truncate to cut them{but}, or "
+        "data.on_long_rows=quarantine to train without them."
+    )
+    return [_listing(title, lines), advice]
+
+
+def _longest(long: Sequence[tuple[Example, LongRow]]) -> int:
+    return max(one.row.num_tokens for _, one in long)
 
 
 def _listing(title: str, lines: Sequence[str]) -> str:
@@ -198,6 +232,13 @@ def percentile(ordered: Sequence[int], share: float) -> int:
     return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] if ordered else 0
 
 
+def _by_reason(rejected: Sequence[BadRow]) -> dict[str, int]:
+    """How many rows each reason takes away; names in rows can make any number of reasons, so the rarest are one."""
+    counts = Counter(row.kind for row in rejected).most_common()
+    rest = sum(count for _, count in counts[MAX_SHOWN:])
+    return dict(counts[:MAX_SHOWN]) | ({"other reasons": rest} if rest else {})
+
+
 def _summary(
     parts: Sequence[_Part], train: Sequence[Row], held_out: Sequence[Row], rejected: Sequence[BadRow]
 ) -> dict[str, object]:
@@ -220,7 +261,7 @@ def _summary(
         "eval_tokens": sum(row.num_tokens for row in held_out),
         "eval_supervised_tokens": sum(row.num_supervised for row in held_out),
         "rejected_rows": len(rejected),
-        "rejected_by_reason": dict(Counter(row.kind for row in rejected).most_common()),
+        "rejected_by_reason": _by_reason(rejected),
         "truncated_rows": sum(part.num_truncated for part in parts),
         "split_texts": sum(part.num_split for part in parts),
         "train_length_tokens": {

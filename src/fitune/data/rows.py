@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from fitune.data.example import BadRow, Example, cap, clean
+from fitune.data.example import BadRow, Example, clean, writable
 from fitune.data.templates import Encoded, Template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError, DataError
@@ -129,11 +129,4 @@ def cut(row: Row, max_length: int) -> Row:
 
 
 def _bad(example: Example, reason: str) -> BadRow:
-    return BadRow(example.file, example.line, clean(reason), cap(show(example)))
-
-
-def show(example: Example) -> str:
-    """An example as text, for messages about a row whose JSON is no longer at hand."""
-    if example.messages is None:
-        return example.text or ""
-    return "\n".join(f"{message.role}: {message.content}" for message in example.messages)
+    return BadRow(example.file, example.line, clean(reason), writable(example.raw))

@@ -154,7 +154,7 @@ def _line_row(decoder: StrictDecoder, number: int, line: bytes, size: int) -> Re
         value, end, problem = decoder.decode(text, start)
     except json.JSONDecodeError as error:
         hint = "; a file with one list ends in .json" if number == 1 and text.strip() == "[" else ""
-        return Record(number, None, f"invalid JSON: {error.msg} at column {error.pos + 1}{hint}", text)
+        return Record(number, None, f"invalid JSON: {_said(error)} at column {error.pos + 1}{hint}", text)
     end = _after_space(text, end)
     if end < len(text):
         return Record(number, None, f"invalid JSON: a second value at column {end + 1}; one object per line", text)
@@ -191,7 +191,7 @@ def _elements(text: str, position: int) -> Iterator[Record]:
         try:
             value, end, problem = decoder.decode(text, position)
         except json.JSONDecodeError as error:
-            reason = f"invalid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+            reason = f"invalid JSON: {_said(error)} at line {error.lineno} column {error.colno}"
             yield _unread(line, reason, text[position : position + 4096])
             return
         raw = text[position:end]
@@ -210,6 +210,10 @@ def _elements(text: str, position: int) -> Iterator[Record]:
             what = "more text after the list" if closed else "expected ',' or ']' after a row"
             yield _unread(line, f"invalid JSON: {what}", text[end : end + 4096])
         return
+
+
+def _said(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")  # "Unterminated string starting at"
 
 
 def _unread(line: int, reason: str, raw: str) -> Record:

@@ -1,6 +1,6 @@
 """Data files -> examples with file and line, and every row that cannot be used with its reasons.
 
-First step of a run's data. Formats: alpaca, messages (OpenAI and sharegpt), raw text; see `formats.py`.
+First step of a run's data. Formats: alpaca, messages (OpenAI, sharegpt and TRL spelling), raw text; see `formats.py`.
 Try it: `fitune data FILE`.
 """
 
@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fitune.data.example import BadRow, Example, Message, cap, clean
-from fitune.data.formats import FORMATS, parse, recognise
+from fitune.data.example import BadRow, Example, Message, cap, clean, writable
+from fitune.data.formats import MARKS, parse, recognise, unused_keys
 from fitune.data.scan import Record, check_files, scan
 
 __all__ = ["BadRow", "Example", "Message", "ReadResult", "read"]
@@ -107,24 +107,22 @@ class _Reader:
         problems: list[str] = []
         other = recognise(row)
         if known is None:
-            problems.append(f"{_keys(row)}: no known format; expected instruction and output, messages, or text")
-        elif other not in (None, known) and (self.format == "auto" or not row.keys() & _needed(known)):
+            problems.append(
+                f"{_keys(row)}: no known format; expected instruction and output, messages, prompt and completion, "
+                "or text"
+            )
+        elif other not in (None, known) and (self.format == "auto" or not row.keys() & MARKS[known]):
             why = "data.format says so" if self.format != "auto" else "so is the file's first row"
             problems.append(f"{_keys(row)}: expected a row of format {known} ({why}), got {other}")
         else:
             parsed = parse(row, known, problems)
             if not problems:
-                self.extra_keys.update(clean(key, 60) for key in row if key not in FORMATS[known].keys)
-                self.examples.append(Example(file, record.line, parsed.messages, parsed.text))
+                self.extra_keys.update(clean(key, 60) for key in unused_keys(row, known))
+                self.examples.append(Example(file, record.line, parsed.messages, parsed.text, record.raw))
                 return
         if len(problems) > _MAX_REASONS:
             problems[_MAX_REASONS:] = [f"{len(problems) - _MAX_REASONS} more problems"]
-        self.bad_rows.append(BadRow(file, record.line, clean("; ".join(problems)), cap(record.raw)))
-
-
-def _needed(format: str) -> set[str]:
-    """Keys of which at least one stands in every row of the format."""
-    return {"alpaca": {"instruction", "output"}, "messages": {"messages", "conversations"}, "text": {"text"}}[format]
+        self.bad_rows.append(BadRow(file, record.line, clean("; ".join(problems)), writable(record.raw)))
 
 
 def _keys(row: Mapping[str, object]) -> str:

@@ -112,9 +112,21 @@ class Template:
             try:
                 laid_out.append(self._lay_out(messages))
             except DataError as error:
-                laid_out.append(error)
+                laid_out.append(
+                    DataError(f"{error}; data.template=tutorial takes it") if self._helps(messages) else error
+                )
         encoded = iter(self._encode([pieces for pieces in laid_out if not isinstance(pieces, DataError)]))
         return [item if isinstance(item, DataError) else next(encoded) for item in laid_out]
+
+    def _helps(self, messages: Sequence[Message]) -> bool:
+        """Whether the tutorial layout takes what the model's own template refuses."""
+        if self.name != "model":
+            return False
+        try:
+            resolve_template("tutorial", self._tokenizer)._lay_out(messages)
+        except (ConfigError, DataError):
+            return False
+        return True
 
     def _turns(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[int, str]]:
         """Messages as jinja sees them, special tokens in them hidden; and the map that brings those back."""
@@ -231,15 +243,15 @@ def resolve_template(name: str, tokenizer: Tokenizer) -> Template:
         return Template(name, tokenizer.chat_template, tokenizer)
     if name not in LAYOUTS:
         allowed = ["auto", "model", *LAYOUTS]
-        near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.7)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"data.template is {name}; allowed are {_listed(allowed)}{hint}")
     layout = LAYOUTS[name]
     missing = [token for token in layout.needs if token not in tokenizer.special_tokens]
     if missing:
         raise ConfigError(
-            f"data.template {name} needs the special tokens {_listed(missing)}, which the tokenizer of "
-            f"{tokenizer.folder} does not have; use tutorial or alpaca"
+            f"data.template {name} needs the special token{'s' * (len(missing) > 1)} {_listed(missing, 'and')}, which "
+            f"the tokenizer of {tokenizer.folder} does not have; use tutorial or alpaca"
         )
     return Template(name, _prefix(layout, tokenizer) + layout.source, tokenizer)
 
@@ -280,6 +292,6 @@ def _join(row: Iterable[_Piece], ids: Mapping[tuple[str, bool], list[int]]) -> E
     return Encoded(joined, bytes(learn))
 
 
-def _listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str], last: str = "or") -> str:
     items = list(names)
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} or {items[-1]}"
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"

@@ -23,6 +23,12 @@ Row = Mapping[str, object]
 MAX_PLOTTED = 1e30  # beyond this an axis has no meaning
 HELD_OUT = "Held-out loss"
 FEW_POINTS = 20  # fewer than this need no smoothing
+FOREIGN_KEYS = {
+    "formats",
+    "files",
+    "extra_keys",
+    "rejected_by_reason",
+}  # below these, keys are file names, keys or reasons
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,20 @@ def _json(text: str) -> object:
 
 def mappings(value: object) -> Iterator[Row]:
     yield from (item for item in value if isinstance(item, dict)) if isinstance(value, list) else ()
+
+
+def flat(tree: object, prefix: str = "", foreign: bool = False) -> Iterator[tuple[str, object]]:
+    """The values of a tree that say something, under the names of their keys; empty lists and zeros do not.
+
+    Args:
+        foreign: the keys are not fitune's own, and stay as they are.
+    """
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        name = prefix + (str(key) if foreign else str(key).replace("_", " "))
+        if isinstance(value, dict):
+            yield from flat(value, f"{name} · ", foreign or key in FOREIGN_KEYS)
+        elif isinstance(value, bool) or (value not in ("", 0) and value != [] and value != ()):
+            yield name, value
 
 
 def step_of(row: Row) -> float:

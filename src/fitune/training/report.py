@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fitune.training.record import (
     FEW_POINTS,
     Row,
     Run,
+    flat,
     losses_of,
     mappings,
     outcome,
@@ -376,19 +377,14 @@ def _events(run: Run) -> str:
 
 def _summary(title: str, chinese: str, values: object) -> str:
     items, left_out = _within(
-        (f"<div><dt>{escaped(key)}</dt><dd>{escaped(value)}</dd></div>" for key, value in _flat(values)), LIST_BYTES
+        (
+            f"<div><dt>{escaped(_cut(key, 80))}</dt><dd>{escaped(_cell(value))}</dd></div>"
+            for key, value in flat(values)
+        ),
+        LIST_BYTES,
     )
     body = f'<dl class="list">{items}</dl>{_more(left_out, "values", "result.json")}' if items else ""
     return _section(title, chinese, body)
-
-
-def _flat(tree: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            yield from _flat(value, f"{name} · ")
-        else:
-            yield _cut(name, 80), _cell(value)
 
 
 def _config(run: Run) -> str:
