@@ -6,6 +6,7 @@ from fitune.config import build, dump, leaves, load
 from fitune.config.load import every_key
 from fitune.errors import ConfigError
 
+DATES = ("2024-13-45", "2024-01-01")
 MINIMAL = {"model": {"path": "embedded"}}
 
 
@@ -58,6 +59,69 @@ def test_a_mistake_is_explained(tree, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": "embedded"}, "write `model: {path: embedded}`"),
+        ({**MINIMAL, "data": "rows.jsonl"}, "write `data: {train: rows.jsonl}`"),
+        ({**MINIMAL, "data": ["a"]}, "write `data: {train: rows.jsonl}`"),
+        ({**MINIMAL, "train": 3}, "write `train: {epochs: 1}`"),
+        ({**MINIMAL, "method": 5}, "write `method: {name: lora}`"),
+        ({**MINIMAL, "method": ["lora"]}, "write `method: {name: lora}`"),
+        ({**MINIMAL, "memory": 8}, "write `memory: {budget: 8}`"),
+        ({**MINIMAL, "output": "runs/a"}, "write `output: {dir: runs/a}`"),
+    ],
+)
+def test_a_section_given_as_one_value(tree, message):
+    with pytest.raises(ConfigError) as caught:
+        build(tree)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.max_steps", True, "not true or false"),
+        ("train.epochs", True, "not true or false"),
+        ("data.eval", True, "not true or false"),
+        ("data.packing", "yes", "boolean"),
+        ("data.packing", 1, "boolean"),
+        ("data.train", {"a": "b"}, "give a file, a list of files"),
+        ("data.train", 5, "give a file, a list of files"),
+        ("data.train", ["a.jsonl", None], "give a file, a list of files"),
+        ("data.train", [""], "cannot be empty"),
+        ("data.train", "a\0b", "control characters"),
+        ("data.eval", {"a": 1}, "or a fraction such as 0.05"),
+        ("data.eval", 0, "above 0 and at most 0.5"),
+        ("data.eval", "x" * 256, "255 between two slashes"),
+        ("model.path", "a\0b", "control characters"),
+        ("model.path", "a\ud800", "unicode"),
+        ("model.path", "a/" * 2500, "4000 bytes"),
+        ("output.dir", "字" * 86, "255 between two slashes"),
+        ("output.dir", "a\0b", "control characters"),
+        ("method.target_modules", "q_proj", "a list of module names such as [q_proj, v_proj]"),
+        ("method.target_modules", [5], "a list of module names such as [q_proj, v_proj]"),
+        ("method.r", 65537, "less than or equal to 65536"),
+        ("train.epochs", 10001, "less than or equal to 10000"),
+        ("train.epochs", 10**400, "`train.epochs`"),
+        pytest.param("train.seed", 10**5000, "`train.seed` is a number too large to show", id="digits"),
+        ("train.max_steps", 10**9 + 1, "less than or equal to 1000000000"),
+        ("data.max_length", 10_000_001, "less than or equal to 10000000"),
+    ],
+)
+def test_absurd_values_are_refused_once(key, value, message):
+    section, name = key.split(".")
+    with pytest.raises(ConfigError) as caught:
+        build({**MINIMAL, section: {**MINIMAL.get(section, {}), name: value}})
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).count("\n") == 0
+
+
+def test_an_empty_section_is_no_mistake():
+    assert build({**MINIMAL, "train": None}) == build(MINIMAL)
+
+
 def test_epsilon_that_fp16_can_hold_is_accepted():
     assert build({**MINIMAL, "train": {"optimizer_dtype": "fp16", "adam_epsilon": 1e-5}}).train.adam_epsilon == 1e-5
 
@@ -78,6 +142,89 @@ def test_bad_overrides(tmp_path, override):
     file.write_text("model: {path: embedded}")
     with pytest.raises(ConfigError, match="override"):
         load(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seed=!!int abc", "tags"),
+        ("train.seed=!!timestamp x", "tags"),
+        ("train.seed=! x", "tags"),
+        ("train.seed=" + "1" * 5000, "too many digits"),
+        ("data.train=" + "[" * 3000, "nested too deeply"),
+        ("data.train=" + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("data.train={[a]: 1}", "a key must be text"),
+        ("data.train={? {a: b} : 1}", "a key must be text"),
+        ("data.train={1: a}", "a key must be text"),
+        ("train.seed=010", "octal"),
+        ("train.epochs=1:30", "number"),
+        ("data.packing=yes", "boolean"),
+        ("data.packing=on", "boolean"),
+        ("train.max_steps=true", "not true or false"),
+        ("train.learning_rate=.nan", "finite"),
+        ("train.learning_rate=1e999", "finite"),
+        ('output.dir="a\\0b"', "control characters"),
+        ("output.dir=a\0b", "not valid YAML"),
+    ],
+)
+def test_yaml_that_surprises(tmp_path, override, message):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {path: embedded}")
+    with pytest.raises(ConfigError) as caught:
+        load(file, [override])
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *DATES,
+        "1:30",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "0x10",
+        "0o10",
+        "08",
+        "1e4",
+        "1_0",
+        "null",
+        "true",
+        "~",
+        ".5",
+        ".inf",
+        "=",
+        "<<",
+        "''",
+        "#a",
+        "-",
+        "1.",
+        "字",
+        "a:b",
+    ],
+)
+def test_text_stays_text(tmp_path, text):
+    file = tmp_path / "a.yaml"
+    config = build({"model": {"path": text}, "output": {"dir": text}})
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(file) == config
+    if text in (*DATES, "1:30", "yes", "no", "on", "off", "0x10", "0o10"):
+        assert load(file, [f"output.dir={text}"]).output.dir == text
+
+
+def test_many_mistakes_are_cut_short(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("".join(f"k{i}: 1\n" for i in range(2_000)))
+    with pytest.raises(ConfigError, match="and 1991 more mistakes"):
+        load(file)
+
+
+def test_a_config_path_that_cannot_be(tmp_path):
+    for path in ("a\0b", "x" * 5000):
+        with pytest.raises(ConfigError, match="cannot read"):
+            load(path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,18 @@ def test_every_key_is_described():
     for text in (as_text(), as_markdown()):
         for key in every_key():
             assert key in text
-    assert "| `method.r` | whole number | `8` |" in as_markdown()
+    assert "| `method.r` | whole number above 0 up to 65,536 | `8` |" in as_markdown()
+
+
+def test_values_and_defaults_are_words():
+    page = as_markdown()
+    assert "| `train.max_steps` | whole number above 0 | `none` |" in page
+    assert "| `method.dropout` | number from 0 to below 1 | `0.0` |" in page
+    assert "| `train.max_grad_norm` | number from 0 up | `1.0` |" in page
+    assert "| `model.path` | text | required |" in page
+    assert "model.path (text; required)" in as_text()
+    for text in (page, as_text()):
+        assert not any(words in text for words in ("Annotated", "typing", "or none", "default required", "<class"))
 
 
 def test_schema_is_json():

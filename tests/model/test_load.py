@@ -1,13 +1,17 @@
 """Model folders: what loads, what is refused before weights are read."""
 
+import errno
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from fitune.errors import ConfigError
+from fitune.model.families import target_modules
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import load_base, pick_device, pick_dtype
 
@@ -143,6 +147,59 @@ def test_paths(tmp_path):
             resolve_folder(path)
     with pytest.raises(ConfigError, match="neither a folder|hub did not give it"):
         resolve_folder("nobody/nothing-like-this")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "x" * 256, "/" + "x" * 300, "~nobody-here/model", "a/\0"])
+def test_paths_that_cannot_be(path):
+    with pytest.raises(ConfigError, match="cannot be looked up"):
+        resolve_folder(path)
+
+
+def test_damaged_folders(copy):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"]}}')
+    with pytest.raises(ConfigError, match="weight_map"):
+        inspect_folder(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="link to nothing"):
+        inspect_folder(copy)
+    edit(copy, quantization_config="int4")
+    with pytest.raises(ConfigError, match="already quantized"):
+        inspect_folder(copy)
+
+
+NO_MEMORY = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    RuntimeError("unable to mmap 99 bytes from file <a>: Cannot allocate memory (12)"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_no_mistake_in_the_configuration(copy, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+        with pytest.raises(MemoryError):
+            load_base(copy, "fp32", CPU)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        load_base(copy, "fp32", CPU)
+
+
+def test_target_modules_are_ends_of_real_names(tiny):
+    model = load_base(tiny, "fp32", CPU).model
+    for name in ("q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj"):
+        assert target_modules(model, "llama", (name,)) == [name]
+    for name in ("self_atn.q_proj", "proj", "n.q_proj", "lm_head", ".q_proj", "q_proj.", "layers.9.self_attn.q_proj"):
+        with pytest.raises(ConfigError, match=f"{re.escape(name)} is no linear layer"):
+            target_modules(model, "llama", ("v_proj", name))
 
 
 def test_devices(monkeypatch):

@@ -8,43 +8,33 @@ No torch here; a mistake becomes a `ConfigError` that names the key, what was gi
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fitune.config.schema import MethodConfig, RunConfig
+from fitune.config.yaml_text import parse, render
 from fitune.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_MISTAKES = 10  # shown at once
 METHODS: dict[str, type[BaseModel]] = {
     member.model_fields["name"].annotation.__args__[0]: member for member in get_args(get_args(MethodConfig)[0])
 }
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases (a billion laughs in 200 bytes) and with duplicate keys refused."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise ConfigError("YAML aliases (*name) are not allowed in a configuration; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key `{key}` is given twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4); everybody writes 1e-4.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+# The key that a section's scalar most likely meant, and an example for when the scalar tells nothing.
+MAIN_KEYS = {
+    "model": ("path", "embedded"),
+    "method": ("name", "lora"),
+    "data": ("train", "rows.jsonl"),
+    "train": ("epochs", 1),
+    "memory": ("budget", 16),
+    "output": ("dir", "runs/first"),
+}
+FROM_SCALAR = ("model", "data", "memory", "output")
+QUOTES = "'\""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -64,19 +54,19 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; is this a configuration?")
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        tree = parse(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; give the path of a YAML file") from error
+        raise ConfigError(f"cannot read {file!s:.300}: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    except ValueError as error:  # a NUL in the path
+        raise ConfigError(f"cannot read {str(file)!r:.300}: {error}; give the path of a YAML file") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: must be a mapping of sections (model, method, data, train, ...), got {tree!r:.80}")
+        raise ConfigError(f"{file}: must be a mapping of sections (model, method, data, train, ...), got {shown(tree)}")
     return tree
 
 
@@ -86,16 +76,18 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or len(parts) != 2 or not all(parts):
-            raise ConfigError(f"override `{override}`: write section.key=value, for example train.learning_rate=1e-4")
+            raise ConfigError(
+                f"override `{override:.200}`: write section.key=value, for example train.learning_rate=1e-4"
+            )
         try:
-            value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override `{override}`: the value is not valid YAML; quote it") from error
+            value = parse(text)
+        except ConfigError as error:
+            raise ConfigError(f"override `{override:.200}`: {error}") from error
         section = tree.setdefault(parts[0], {})
         if section is None:
             section = tree[parts[0]] = {}
         if not isinstance(section, dict):
-            raise ConfigError(f"override `{override}`: `{parts[0]}` is {section!r:.60} in the file, not a section")
+            raise ConfigError(f"override `{override:.200}`: in the file, {_no_section(parts[0], section)}")
         section[parts[1]] = value
 
 
@@ -106,7 +98,8 @@ def build(tree: Mapping[str, Any], name: str = "run") -> RunConfig:
         tree: sections of keys, as in a YAML file.
         name: names the run folder when `output.dir` is not given.
     """
-    tree = dict(tree)
+    # `train:` with every key commented out is an empty section.
+    tree = {key: value for key, value in tree.items() if value is not None or key not in RunConfig.model_fields}
     method = tree.get("method")
     if isinstance(method, dict) and "name" not in method:
         tree["method"] = {"name": "lora", **method}
@@ -115,7 +108,11 @@ def build(tree: Mapping[str, Any], name: str = "run") -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(item)) for item in error.errors())) from error
+        mistakes = error.errors()
+        lines = list(dict.fromkeys(_explain(dict(item)) for item in mistakes[:MAX_MISTAKES]))
+        if len(mistakes) > MAX_MISTAKES:
+            lines.append(f"... and {len(mistakes) - MAX_MISTAKES} more mistakes")
+        raise ConfigError("\n".join(lines)) from error
     for check in CHECKS:
         problem = check(config)
         if problem:
@@ -125,7 +122,7 @@ def build(tree: Mapping[str, Any], name: str = "run") -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """YAML text that loads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return render(config.model_dump(mode="json"))
 
 
 def leaves(config: RunConfig) -> dict[str, Any]:
@@ -239,14 +236,37 @@ def _explain(item: dict[str, Any]) -> str:
             hint = f"did you mean `{elsewhere[0]}`?"
         else:
             hint = f"allowed here: {', '.join(allowed)}"
-        return f"unknown key `{key}`; {hint}"
+        return f"unknown key `{key:.200}`; {hint}"
     if item["type"] == "missing":
         return f"`{key}` is required; for example {key}=embedded" if key == "model.path" else _missing(key)
     if item["type"] == "union_tag_invalid":
-        return f"`method.name` is {item['ctx']['tag']!r}; allowed: {', '.join(METHODS)}"
+        return f"`method.name` is {item['ctx']['tag']!r:.80}; allowed: {', '.join(METHODS)}"
+    if len(location) == 1 and item["type"] in ("model_type", "model_attributes_type"):
+        return _no_section(location[0], item["input"])
+    if item["type"] == "invalid_key":
+        return f"`{key:.200}` is no text: a key must be text"
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"`{key}` is {item['input']!r:.80}: {message[:1].lower()}{message[1:]}"
+    return f"`{key}` is {shown(item['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _missing(key: str) -> str:
     return "`model.path` is required; for example model.path=embedded" if key == "model" else f"`{key}` is required"
+
+
+def _no_section(section: str, value: object) -> str:
+    """What to write instead of `model: embedded`."""
+    main = MAIN_KEYS.get(section)
+    if main is None:
+        return f"unknown section `{section:.60}`; allowed: {', '.join(RunConfig.model_fields)}"
+    inside = value if isinstance(value, (str, int, float)) and section in FROM_SCALAR else main[1]
+    example = f"{{{main[0]}: {shown(inside).strip(QUOTES)}}}"
+    return f"`{section}` is {shown(value)}: it is a section of keys; write `{section}: {example}`"
+
+
+def shown(value: object) -> str:
+    """`repr` of what a user gave, short; Python refuses to print numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {'number' if isinstance(value, int) else type(value).__name__} too large to show"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,15 +7,52 @@ configuration is what a run saves. No torch here.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+# Far above any real run: a slip of the finger must not hang or allocate.
+MANY = 10**9
+
+
+def no_boolean(value: object) -> object:
+    """Pydantic alone would read true as 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(no_boolean)]
+Number = Annotated[float, BeforeValidator(no_boolean)]
+Switch = Annotated[bool, Field(strict=True)]  # else `yes` and 1 pass for true
 
 
 class Section(BaseModel):
     """A closed, immutable group of settings: an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def check_path(value: str) -> str:
+    """Refuse what no file system can hold, before anything fails on it halfway."""
+    if not value.strip():
+        raise ValueError("a path cannot be empty")
+    if any(ord(character) < 32 for character in value):
+        raise ValueError("a path cannot hold control characters")
+    if any(0xD800 <= ord(character) < 0xE000 for character in value):
+        raise ValueError("a path must be valid Unicode")
+    if len(value.encode()) > 4000 or any(len(part.encode()) > 255 for part in value.split(os.sep)):
+        raise ValueError("a path can have 4000 bytes, and 255 between two slashes")
+    return value
+
+
+def check_files(value: object, also: str = "") -> object:
+    """One file or several, each with a possible name."""
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"give a file, a list of files{also}")
+    return tuple(check_path(file) for file in files)
 
 
 class ModelConfig(Section):
@@ -34,6 +71,8 @@ class ModelConfig(Section):
         "none", description="Quantized storage of the frozen base weights. Only `none` in this release."
     )
 
+    _path = field_validator("path")(check_path)
+
 
 class LoraConfig(Section):
     """Low-rank adapters on linear layers (LoRA, arXiv:2106.09685), injected and stored by PEFT."""
@@ -41,18 +80,22 @@ class LoraConfig(Section):
     default_learning_rate: ClassVar[float] = 2e-4
 
     name: Literal["lora"] = Field(description="The method.")
-    r: PositiveInt = Field(8, description="Rank of the adapters.")
-    alpha: PositiveFloat = Field(16.0, description="Scale: the adapter's output is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapters' input.")
+    r: Whole = Field(8, gt=0, le=65536, description="Rank of the adapters.")
+    alpha: Number = Field(16.0, gt=0, le=1e6, description="Scale: the adapter's output is multiplied by alpha / r.")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapters' input.")
     target_modules: Literal["attention", "linear"] | tuple[str, ...] = Field(
         "attention",
         description="Layers that get an adapter: `attention` (query and value projections, or the fused one), "
         "`linear` (every linear layer of the blocks), or a list of module names.",
     )
 
-    @field_validator("target_modules")
+    @field_validator("target_modules", mode="before")
     @classmethod
-    def _some_targets(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def _some_targets(cls, value: object) -> object:
+        if value in ("attention", "linear"):
+            return value
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
+            raise ValueError("give `attention`, `linear` or a list of module names such as [q_proj, v_proj]")
         if not value:
             raise ValueError("an empty list adapts nothing; give `attention`, `linear` or module names")
         return value
@@ -95,11 +138,13 @@ class DataConfig(Section):
         description="Conversation layout: `model` (the tokenizer's own chat template), tutorial, alpaca, chatml, "
         "llama3; `auto` is `model` if the tokenizer has a template, else `tutorial`.",
     )
-    max_length: int = Field(1024, ge=8, description="Longest row, in tokens, end-of-sequence token included.")
+    max_length: Whole = Field(
+        1024, ge=8, le=10_000_000, description="Longest row, in tokens, end-of-sequence token included."
+    )
     loss_on: Literal["answers", "all"] = Field(
         "answers", description="Tokens that count in the loss: the assistant's answers, or the whole text."
     )
-    packing: bool = Field(
+    packing: Switch = Field(
         False,
         description="Put several rows one after another into one sequence (each row still attends to itself only) "
         "instead of padding each row.",
@@ -115,10 +160,17 @@ class DataConfig(Section):
         "its end), or put them into rejected.jsonl.",
     )
 
-    @field_validator("train", "eval", mode="before")
+    @field_validator("train", mode="before")
     @classmethod
-    def _one_file(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    def _files(cls, value: object) -> object:
+        return check_files(value)
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _files_or_fraction(cls, value: object) -> object:
+        if value is None or isinstance(value, int | float):
+            return no_boolean(value)
+        return check_files(value, " or a fraction such as 0.05")
 
     @field_validator("eval")
     @classmethod
@@ -131,63 +183,77 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The training loop. A step is one optimizer update; a micro step is one forward and backward."""
 
-    epochs: PositiveFloat = Field(1.0, description="Passes over the training rows; may be fractional.")
-    max_steps: PositiveInt | None = Field(
-        None, description="Stop after this many optimizer steps. None: decided by epochs."
+    epochs: Number = Field(1.0, gt=0, le=10_000, description="Passes over the training rows; may be fractional.")
+    max_steps: Whole | None = Field(
+        None, gt=0, le=MANY, description="Stop after this many optimizer steps. None: decided by epochs."
     )
-    global_batch_rows: PositiveInt | None = Field(
-        None, description="Rows per optimizer step. None: 16, unless global_batch_tokens is set."
+    global_batch_rows: Whole | None = Field(
+        None, gt=0, le=MANY, description="Rows per optimizer step. None: 16, unless global_batch_tokens is set."
     )
-    global_batch_tokens: PositiveInt | None = Field(
-        None, description="Tokens per optimizer step: rows are taken until the next one would pass this number."
+    global_batch_tokens: Whole | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Tokens per optimizer step: rows are taken until the next one would pass this number.",
     )
-    micro_batch_rows: PositiveInt | None = Field(
-        None, description="Rows per forward pass when padded (never changes an update). None: 4."
+    micro_batch_rows: Whole | None = Field(
+        None, gt=0, le=MANY, description="Rows per forward pass when padded (never changes an update). None: 4."
     )
-    micro_batch_tokens: PositiveInt | None = Field(
-        None, description="Tokens per forward pass when packed (never changes an update). None: 2 * data.max_length."
+    micro_batch_tokens: Whole | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Tokens per forward pass when packed (never changes an update). None: 2 * data.max_length.",
     )
-    learning_rate: PositiveFloat | None = Field(
-        None, description="Peak learning rate. None: 2e-4 for lora, 2e-5 for full, 1e-3 for bitfit."
+    learning_rate: Number | None = Field(
+        None, gt=0, le=1000, description="Peak learning rate. None: 2e-4 for lora, 2e-5 for full, 1e-3 for bitfit."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Learning rate after warm-up: constant, or falling to 0 at the last step."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled to at most this norm; 0 turns it off.")
+    warmup_steps: Whole = Field(
+        0, ge=0, le=MANY, description="Steps over which the learning rate rises linearly from 0."
+    )
+    weight_decay: Number = Field(0.0, ge=0, le=1000, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: Number = Field(1.0, ge=0, description="Gradients are scaled to at most this norm; 0 turns it off.")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="`adamw` (PyTorch, fused) or `adamw8bit` (bitsandbytes, 8-bit states)."
     )
     optimizer_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Dtype of the master weights and of Adam's states."
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay.")
-    adam_epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Decides sample order, adapter initialisation and dropout.")
-    deterministic: bool = Field(
+    adam_beta1: Number = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay.")
+    adam_beta2: Number = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay.")
+    adam_epsilon: Number = Field(1e-8, gt=0, le=1, description="Adam's epsilon.")
+    seed: Whole = Field(0, ge=0, lt=2**31, description="Decides sample order, adapter initialisation and dropout.")
+    deterministic: Switch = Field(
         False,
         description="Only deterministic GPU kernels: a resumed run is bit-identical. CPU runs always are.",
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Switch = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto`: cuda if there is one.")
-    save_every_steps: PositiveInt = Field(100, description="Commit a checkpoint every so many steps.")
-    eval_every_steps: PositiveInt | None = Field(
-        None, description="Evaluate every so many steps, besides at the start and the end. None: save_every_steps."
+    save_every_steps: Whole = Field(100, gt=0, le=MANY, description="Commit a checkpoint every so many steps.")
+    eval_every_steps: Whole | None = Field(
+        None,
+        gt=0,
+        le=MANY,
+        description="Evaluate every so many steps, besides at the start and the end. None: save_every_steps.",
     )
-    keep_checkpoints: PositiveInt = Field(
-        2, description="Newest checkpoints kept; the best held-out one stays besides."
+    keep_checkpoints: Whole = Field(
+        2, gt=0, le=1_000_000, description="Newest checkpoints kept; the best held-out one stays besides."
     )
 
 
 class MemoryConfig(Section):
     """What the run may use."""
 
-    budget: PositiveFloat | None = Field(
-        None, description="GPU memory the run may take, in GB (1e9 bytes); going past it ends the run with exit 4."
+    budget: Number | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="GPU memory the run may take, in GB (1e9 bytes); going past it ends the run with exit 4.",
     )
 
 
@@ -195,6 +261,11 @@ class OutputConfig(Section):
     """Where results go."""
 
     dir: str | None = Field(None, min_length=1, description="Run folder. None: runs/<name of the configuration file>.")
+
+    @field_validator("dir")
+    @classmethod
+    def _dir(cls, value: str | None) -> str | None:
+        return None if value is None else check_path(value)
 
 
 class RunConfig(Section):

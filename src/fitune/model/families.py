@@ -61,10 +61,12 @@ def target_modules(model: nn.Module, model_type: str, wanted: str | tuple[str, .
                 f"known; name them: method.target_modules=[...] out of {', '.join(names)}; or use `linear`"
             )
         return list(FAMILIES[model_type].attention)
-    missing = [name for name in wanted if name.rsplit(".", 1)[-1] not in names]
+    # PEFT's rule: the name, or its end after a dot.
+    paths = _linear_paths(model)
+    missing = [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in paths)]
     if missing:
         raise ConfigError(
-            f"method.target_modules: {', '.join(missing)} is no linear layer of this model; allowed: "
+            f"method.target_modules: {', '.join(missing):.200} is no linear layer of this model; allowed: "
             f"attention, linear, {', '.join(names)}"
         )
     return list(wanted)
@@ -72,12 +74,10 @@ def target_modules(model: nn.Module, model_type: str, wanted: str | tuple[str, .
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last name components of all linear layers, the output head excluded; sorted."""
+    return sorted({path.rsplit(".", 1)[-1] for path in _linear_paths(model)})
+
+
+def _linear_paths(model: nn.Module) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = ("Linear", "Conv1D")  # GPT-2's Conv1D is a transposed linear layer
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if type(module).__name__ in kinds and module is not head
-        }
-    )
+    return [path for path, module in model.named_modules() if type(module).__name__ in kinds and module is not head]

@@ -59,10 +59,18 @@ def resolve_folder(path: str) -> Path:
     """
     if path == "embedded":
         return embedded_path()
-    local = Path(path).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(path).expanduser()
+        local.stat()  # is_dir() and exists() would swallow some of the reasons
+        is_folder = local.is_dir()
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no permission; a NUL; ~ of an unknown user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"model.path {path[:100]!r}: cannot be looked up ({reason}); give another path") from error
+    if is_folder:
         return local
-    if local.exists():
+    if is_folder is False:
         raise ConfigError(f"model.path {path!r} is a file; give the folder that holds config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir():
         raise ConfigError(
@@ -80,8 +88,8 @@ def _from_hub(repo: str) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=HUB_PATTERNS))
         if not any(folder.glob("*.safetensors")):  # an old repository: only then fetch .bin files
             folder = Path(snapshot_download(repo, allow_patterns=[*HUB_PATTERNS, "pytorch_model*.bin"]))
-    except HFValidationError as error:
-        raise ConfigError(f"model.path {repo!r} is neither a folder nor a valid hub id") from error
+    except (HFValidationError, ValueError) as error:
+        raise ConfigError(f"model.path {repo[:100]!r} is neither a folder nor a valid hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
@@ -106,8 +114,9 @@ def inspect_folder(folder: Path) -> ModelFolder:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{folder}/config.json: `model_type` is missing; it names the architecture")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ConfigError(f"{folder}: the weights are already quantized ({method}); give the 16- or 32-bit model")
     for key, limit in LIMITS.items():
         value = config.get(key)
@@ -131,12 +140,15 @@ def _weight_files(folder: Path, pattern: str) -> tuple[str, ...]:
     found = sorted(file.name for file in folder.glob(pattern))
     for index in folder.glob(pattern + ".index.json"):
         listed = _read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise ConfigError(f"{index}: `weight_map` is missing")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ConfigError(f"{index}: `weight_map` is missing or maps to something else than file names")
         absent = sorted(set(listed.values()) - set(found))
         if absent:
             raise ConfigError(f"{folder}: {len(absent)} weight files are missing ({absent[0]}); download them again")
         return tuple(sorted(set(listed.values())))
+    broken = [name for name in found if not (folder / name).is_file()]
+    if broken:
+        raise ConfigError(f"{folder / broken[0]}: is no file, or a link to nothing; download it again")
     empty = [name for name in found if (folder / name).stat().st_size == 0]
     if empty:
         raise ConfigError(f"{folder / empty[0]}: is empty; download it again")

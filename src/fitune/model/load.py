@@ -8,6 +8,7 @@ through `torch.load(weights_only=True, mmap=True)`, which stands in this module 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -23,6 +24,8 @@ from fitune.errors import ConfigError
 from fitune.model.folder import inspect_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "not enough memory", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
+        MemoryError: the host has too little memory (torch.OutOfMemoryError: the GPU has).
     Memory: parameters * bytes(dtype), plus one shard while it is read.
     """
     import transformers
@@ -102,8 +106,10 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
+        _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
     except SafetensorError as error:
+        _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
     _check_report(folder, model, report)
     model.config.use_cache = False
@@ -132,7 +138,10 @@ def _read_bin(folder: Path, files: tuple[str, ...]) -> dict[str, torch.Tensor]:
     for name in files:
         try:
             part = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        except MemoryError:
+            raise
         except Exception as error:  # unpickling raises anything; each means: not usable
+            _raise_if_out_of_memory(error)
             wanted = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it wants to run {wanted[1]}" if wanted else "it is damaged or no weight file"
             raise ConfigError(
@@ -164,6 +173,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters, tied weights once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _raise_if_out_of_memory(error: Exception) -> None:
+    """PyTorch's CPU allocator, mmap and safetensors have no exception of their own for it."""
+    said = str(error).lower()
+    if getattr(error, "errno", None) == errno.ENOMEM or any(words in said for words in _NO_MEMORY):
+        raise MemoryError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
