@@ -221,6 +221,11 @@ def test_many_mistakes_are_cut_short(tmp_path):
         load(file)
 
 
+def test_a_file_name_that_names_no_folder():
+    with pytest.raises(ConfigError, match="set output.dir"):
+        build(MINIMAL, name="a\nb")
+
+
 def test_a_config_path_that_cannot_be(tmp_path):
     for path in ("a\0b", "x" * 5000):
         with pytest.raises(ConfigError, match="cannot read"):

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from fitune.config.schema import MethodConfig, RunConfig
+from fitune.config.schema import MethodConfig, RunConfig, check_path
 from fitune.config.yaml_text import parse, render
 from fitune.errors import ConfigError
 
@@ -145,7 +145,10 @@ def _resolve(config: RunConfig, name: str) -> RunConfig:
     if train["eval_every_steps"] is None:
         train["eval_every_steps"] = train["save_every_steps"]
     if tree["output"]["dir"] is None:
-        tree["output"]["dir"] = f"runs/{name}"
+        try:
+            tree["output"]["dir"] = check_path(f"runs/{name}")
+        except ValueError as error:
+            raise ConfigError(f"the file's name cannot name a run folder ({error}); set output.dir") from error
     return RunConfig.model_validate(tree)
 
 
