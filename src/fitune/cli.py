@@ -10,11 +10,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fitune.errors import ConfigError, FituneError
+from fitune.errors import ConfigError, FituneError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from fitune.infer.load import Conversation
 
 EPILOG = """exit codes: 0 done, 2 configuration, 3 data, 4 out of memory, 5 diverged, 6 storage,
 75 interrupted and resumable. Every setting: fitune config, or docs/configuration.md."""
+OOM_ADVICE = "free memory on the device, give shorter or fewer prompts, or hide the GPU with CUDA_VISIBLE_DEVICES="
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fitune data ... | head`
         sys.stderr.close()
         return 0
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = str(error).strip().split("\n")[0]
+        print(f"fitune: out of memory{f' ({first:.200})' if first else ''}; {OOM_ADVICE}", file=sys.stderr)
+        return OutOfMemoryError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Only a torch that is there already can have run out of memory; `fitune --help` does not load it."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -83,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(generate)
     generate.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     generate.add_argument("--file", help="text file with one prompt a line, - for standard input")
+    generate.add_argument("--system", help="system message of every prompt")
+    raw = "continue prompts as text, without a template (default for a run trained on text)"
+    generate.add_argument("--raw", action=argparse.BooleanOptionalAction, default=None, help=raw)
     generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
     generate.set_defaults(command=_generate)
 
@@ -95,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a finished run as a model folder")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("--to", required=True, metavar="DIR", help="new folder")
-    export.add_argument("--form", choices=("merged", "adapter"), default="merged", help="merged model or PEFT adapter")
+    form = "merged model, or PEFT adapter (lora) or fitune's bias file (bitfit); default: merged"
+    export.add_argument("--form", choices=("merged", "adapter"), default="merged", help=form)
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
     export.set_defaults(command=_export)
 
@@ -115,18 +136,17 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (default 1: off)")
     parser.add_argument("--seed", type=int, help="of the sampling")
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, int | float | None]:
-    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise ConfigError("--max-new-tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
-    return {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "seed": options.seed,
-    }
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict, fields
+
+    from fitune.infer.sampling import Sampling
+
+    # Checked here, before torch and the model load.
+    return asdict(Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)}))
 
 
 def _version() -> str:
@@ -167,6 +187,9 @@ def _data(options: argparse.Namespace) -> int:
     from fitune.model.folder import resolve_folder
 
     settings = dict(_pair(text) for text in options.set)
+    for key in ("train", "eval"):
+        if key in settings:
+            raise ConfigError(f"--set {key}=...: the files are given on the command line: fitune data FILE ...")
     config = build({"model": {"path": options.model}, "data": settings})
     tokenizer = Tokenizer.load(resolve_folder(options.model))
     report = examine(tuple(options.files), config.data, tokenizer)
@@ -180,7 +203,11 @@ def _pair(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text}: write KEY=VALUE, for example max_length=512")
-    return key.removeprefix("data."), yaml.safe_load(value)
+    try:
+        return key.removeprefix("data."), yaml.safe_load(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"--set {text:.80}: the value is no YAML ({reason}); put it in quotes") from error
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -202,12 +229,28 @@ def _generate(options: argparse.Namespace) -> int:
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError("nothing to answer; give --prompt TEXT or --file FILE")
+    if options.system and options.raw:
+        raise ConfigError("--system needs a template, and --raw means none; leave one of them out")
     sampling = _sampling(options)
     from fitune.infer.load import load
 
-    for prompt, answer in zip(prompts, load(options.run).generate_many(prompts, **sampling), strict=True):
-        print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if options.json else answer)
+    asked = [_conversation(options.system, prompt) for prompt in prompts]
+    answers = load(options.run).generate_many(asked, raw=options.raw, **sampling)
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if options.json:
+            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+        elif len(prompts) == 1:
+            print(answer)
+        else:
+            blank = "\n" if number else ""
+            print(f"{blank}> {prompt}\n{answer}")
     return 0
+
+
+def _conversation(system: str | None, prompt: str) -> Conversation:
+    if not system:
+        return prompt
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -77,12 +77,6 @@ def test_sampling_is_seeded(trained):
     assert model.generate("say 3", temperature=2.0, seed=6, max_new_tokens=20) != first
 
 
-def test_a_stream_hands_errors_over(trained):
-    model = fitune.load(trained, device="cpu")
-    with pytest.raises(ValueError, match="strictly positive float"):
-        list(model.stream("say 3", repetition_penalty=-1.0))
-
-
 def test_chat_keeps_the_conversation(trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("say 3\n\n/reset\nsay 3\n/quit\n"))
     chat(fitune.load(trained, device="cpu"), None, {"max_new_tokens": 20})

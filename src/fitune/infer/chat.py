@@ -5,17 +5,28 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
-from fitune.infer.load import Loaded
+from fitune.errors import ConfigError, FituneError
+from fitune.infer.load import Conversation, Loaded
 
-HELP = "commands: /reset forgets the conversation, /quit (or Ctrl-D) leaves"
+HELP = "commands: /reset forgets the conversation, /quit (or Ctrl-D) leaves, /help shows this"
+RAW = "this run was trained on text: each line is continued as it stands, and nothing is remembered"
 
 
-def chat(model: Loaded, system: str | None, sampling: Mapping[str, int | float | None]) -> None:
-    """Read prompts from standard input until it ends; Ctrl-C stops an answer, not the chat."""
+def chat(model: Loaded, system: str | None, sampling: Mapping[str, Any]) -> None:
+    """Read prompts from standard input until it ends; Ctrl-C stops an answer, not the chat.
+
+    Raises:
+        ConfigError: a system message for a model that was trained on raw text.
+    """
+    if system and model.raw:
+        raise ConfigError(f"--system: {RAW}")
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP)
+        if model.raw:
+            print(RAW)
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  # line editing and history for input()
     opening = [{"role": "system", "content": system}] if system else []
@@ -33,19 +44,30 @@ def chat(model: Loaded, system: str | None, sampling: Mapping[str, int | float |
         if said == "/reset":
             turns = list(opening)
             continue
+        if said.startswith("/"):
+            print(HELP)
+            continue
         if not said:
             continue
         turns.append({"role": "user", "content": said})
-        answer = _answer(model, turns, sampling)
+        try:
+            answer = _answer(model, said if model.raw else turns, sampling)
+        except FituneError as error:  # the conversation has outgrown the model, or its template refuses it
+            if not interactive:
+                raise
+            print(f"fitune: {error}", file=sys.stderr)
+            turns.pop()
+            continue
         turns.append({"role": "assistant", "content": answer})
 
 
-def _answer(model: Loaded, turns: list[dict[str, str]], sampling: Mapping[str, int | float | None]) -> str:
+def _answer(model: Loaded, prompt: Conversation, sampling: Mapping[str, Any]) -> str:
     pieces: list[str] = []
     try:
-        for piece in model.stream(turns, **sampling):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+        with contextlib.closing(model.stream(prompt, **sampling)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print()

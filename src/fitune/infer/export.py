@@ -12,11 +12,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fitune.data.templates import Template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.load import Loaded, load
+from fitune.methods.base import CONFIG, write_json
 from fitune.model.folder import copy_tokenizer
+
+FORMS = ("merged", "adapter")
 
 
 def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None = None) -> Path:
@@ -24,13 +29,17 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
 
     Args:
         target: must not exist, or be an empty folder.
-        form: "merged" (the adapter folded into the base) or "adapter" (PEFT files; LoRA and BitFit only).
+        form: "merged" (the adapter folded into the base) or "adapter" (PEFT's files for LoRA, ours for BitFit).
         dtype: of the merged weights; None: as trained.
 
     Raises:
-        ConfigError: `run` is no finished run, or `target` is taken.
+        ConfigError: `run` is no finished run, `target` is taken, or `form` and `dtype` do not go together.
         CheckpointError: the disk does not take it; nothing is left at `target`.
     """
+    if form not in FORMS:
+        raise ConfigError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
+    if form == "adapter" and dtype is not None:
+        raise ConfigError(f"dtype is {dtype!r}, but an adapter is exported as it was trained; leave dtype out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--to {target}: exists and is not an empty folder; give a new one")
     loaded = load(run, dtype=dtype, device="cpu")
@@ -49,6 +58,10 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
             os.rename(folder, target)
     except OSError as error:
         raise CheckpointError(f"--to {target}: cannot be written ({error.strerror}); nothing was left there") from error
+    except SafetensorError as error:  # its own name for a full disk
+        raise CheckpointError(
+            f"--to {target}: the weights cannot be written ({error}); is the disk full? Nothing was left there"
+        ) from error
     return target
 
 
@@ -56,15 +69,32 @@ def _write(loaded: Loaded, run: Path, folder: Path, form: str) -> None:
     assert loaded.method is not None
     if form == "adapter":
         shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
+        _name_base(loaded, folder / CONFIG)
     else:
+        from transformers import GenerationConfig
+
         model = loaded.method.merge(loaded.model)
-        stops = list(loaded.tokenizer.stop_ids)
-        model.generation_config.eos_token_id = stops  # type: ignore[union-attr]  # a transformers model
-        model.generation_config.pad_token_id = loaded.pad_id  # type: ignore[union-attr]
-        model.config.use_cache = True  # type: ignore[union-attr]
+        # A fresh one: settings of the base may contradict each other, which transformers loads but does not save.
+        model.generation_config = GenerationConfig(
+            eos_token_id=list(loaded.tokenizer.stop_ids),
+            pad_token_id=loaded.pad_id,
+            bos_token_id=loaded.tokenizer.bos_id,
+        )
+        model.config.use_cache = True  # type: ignore[union-attr]  # a transformers model
         model.save_pretrained(folder)  # type: ignore[operator]
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors makes it readable by its owner alone
     copy_tokenizer(loaded.tokenizer.folder, folder)
     write_chat_template(folder, loaded.template, loaded.tokenizer)
+
+
+def _name_base(loaded: Loaded, file: Path) -> None:
+    """Let a local base be found from anywhere: PEFT looks for its path, and knows no `embedded`."""
+    assert loaded.config is not None
+    path = loaded.config.model.path
+    if path == "embedded" or Path(path).expanduser().is_dir():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, {**config, "base_model_name_or_path": str(loaded.base.folder.resolve())})
 
 
 def write_chat_template(folder: Path, template: Template, tokenizer: Tokenizer) -> None:

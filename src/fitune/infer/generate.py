@@ -7,32 +7,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from fitune.errors import DataError
+from fitune.infer.sampling import Sampling
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: stop after so many, even without an end-of-sequence token.
-        temperature: 0 is greedy.
-        top_p: nucleus sampling, arXiv:1904.09751; 1 keeps all tokens.
-        repetition_penalty: above 1 makes tokens already written less likely.
-        seed: of the sampling; None leaves the global generator alone.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+__all__ = ["Generated", "Sampling", "generate", "stream"]
 
 
 @dataclass(frozen=True)
@@ -62,18 +49,39 @@ def generate(
         prompts: non-empty id lists; they are padded on the left inside a batch, masked by length.
         stop_ids: ids that end an answer.
         batch_rows: prompts per forward pass.
+
+    Raises:
+        DataError: a prompt fills all positions of the model; near its end, answers are cut short.
     """
+    fitted = [_fit(model, len(prompt), sampling) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
     answers: list[Generated | None] = [None] * len(prompts)
     with _generating(model):
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        for start in range(0, len(order), batch_rows):
-            chosen = order[start : start + batch_rows]
-            batch = _generate_batch(model, [prompts[i] for i in chosen], stop_ids, sampling)
-            for i, answer in zip(chosen, batch, strict=True):
-                answers[i] = answer
+        # One batch has one limit of new tokens: an answer must not depend on the prompts beside it.
+        for _, group in groupby(order, key=lambda i: fitted[i].max_new_tokens):
+            alike = list(group)
+            for start in range(0, len(alike), batch_rows):
+                chosen = alike[start : start + batch_rows]
+                batch = _generate_batch(model, [prompts[i] for i in chosen], stop_ids, fitted[chosen[0]])
+                for i, answer in zip(chosen, batch, strict=True):
+                    answers[i] = answer
     return [answer for answer in answers if answer is not None]
+
+
+def _fit(model: nn.Module, prompt_tokens: int, sampling: Sampling) -> Sampling:
+    """`sampling` with max_new_tokens cut to the positions that the model has left after the prompt."""
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(positions, int):  # relative positions: no end
+        return sampling
+    if prompt_tokens >= positions:
+        raise DataError(
+            f"the prompt has {prompt_tokens:,} tokens, but the model has {positions:,} positions for prompt and answer "
+            "together; shorten the prompt"
+        )
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions - prompt_tokens))
 
 
 def _generate_batch(
@@ -109,9 +117,24 @@ def _settings(stop_ids: Sequence[int], sampling: Sampling) -> Any:
     )
 
 
-def stream(model: nn.Module, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
-    """Continue one prompt, yielding each new id as it is chosen; the stop id is not yielded."""
+def stream(
+    model: nn.Module, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling
+) -> Generator[int, None, None]:
+    """Continue one prompt, yielding each new id as it is chosen; the stop id is not yielded.
+
+    Closing the iterator ends the generation; it has ended when `close` returns.
+
+    Raises:
+        DataError: the prompt fills all positions of the model.
+    """
+    return _stream(model, prompt, stop_ids, _fit(model, len(prompt), sampling))
+
+
+def _stream(
+    model: nn.Module, prompt: Sequence[int], stop_ids: Sequence[int], sampling: Sampling
+) -> Generator[int, None, None]:
     tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+    closed = threading.Event()
 
     def work() -> None:
         try:
@@ -124,19 +147,35 @@ def stream(model: nn.Module, prompt: Sequence[int], stop_ids: Sequence[int], sam
                     attention_mask=torch.ones_like(ids_BT),
                     generation_config=_settings(stop_ids, sampling),
                     streamer=_QueueStreamer(tokens, len(prompt)),
+                    stopping_criteria=[_stop_when(closed)],
                 )
         except BaseException as error:  # noqa: BLE001  # handed to the thread that reads, and raised there
             tokens.put(error)
         tokens.put(None)
 
-    # transformers pushes tokens; a thread turns that into an iterator.
-    threading.Thread(target=work, daemon=True).start()
-    while (token := tokens.get()) is not None:
-        if isinstance(token, BaseException):
-            raise token
-        if token in stop_ids:
-            continue
-        yield token
+    # transformers pushes tokens; a thread turns that into an iterator. It is no daemon: a thread that is killed
+    # inside torch while Python exits aborts the process.
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        while (token := tokens.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            if token not in stop_ids:
+                yield token
+    finally:
+        closed.set()
+        worker.join()
+
+
+def _stop_when(closed: threading.Event) -> Any:
+    """A stopping criterion of transformers: nobody reads any more, or Python is exiting with the iterator open."""
+
+    def criterion(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        over = closed.is_set() or not threading.main_thread().is_alive()
+        return torch.full((input_ids.shape[0],), over, dtype=torch.bool, device=input_ids.device)
+
+    return criterion
 
 
 class _QueueStreamer:

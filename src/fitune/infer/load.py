@@ -6,8 +6,9 @@ print(fitune.load("runs/demo").generate("以“春雨”为题，写一首五言
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from fitune.data.sources import Message
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError
-from fitune.infer.generate import Sampling, generate, stream
+from fitune.infer.generate import generate, stream
+from fitune.infer.sampling import Sampling
 from fitune.methods import METHODS, Method
-from fitune.methods.base import FACTS
+from fitune.methods.base import CONFIG, FACTS
 from fitune.model.folder import resolve_folder
-from fitune.model.load import Base, load_base, pick_device, pick_dtype
+from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
 
 Conversation = str | Sequence[Mapping[str, str]]
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Loaded:
     Attributes:
         config: the run's configuration; None for a bare model.
         method: how it was trained; None for a bare model.
+        raw: it was trained on raw text, which has no template: a prompt is a text to be continued.
     """
 
     model: nn.Module
@@ -46,45 +50,85 @@ class Loaded:
     base: Base
     config: RunConfig | None
     method: Method | None
+    raw: bool = False
 
     @property
     def pad_id(self) -> int:
         """Any valid id does: padding is masked by length."""
         return self.tokenizer.pad_id if self.tokenizer.pad_id is not None else self.tokenizer.stop_ids[0]
 
-    def generate(self, prompt: Conversation, **sampling: Any) -> str:
+    def generate(self, prompt: Conversation, *, raw: bool | None = None, **sampling: Any) -> str:
         """Answer one prompt.
 
         Args:
             prompt: what the user says, or messages as {"role": ..., "content": ...}.
-            sampling: fields of `fitune.infer.generate.Sampling`; greedy by default.
-        """
-        return self.generate_many([prompt], **sampling)[0]
+            raw: continue the prompt as text, without a template; None: as the run was trained.
+            sampling: fields of `fitune.infer.sampling.Sampling`; greedy by default.
 
-    def generate_many(self, prompts: Sequence[Conversation], **sampling: Any) -> list[str]:
+        Raises:
+            ConfigError: an unknown or disallowed argument, or a conversation that is none.
+            DataError: the template refuses the conversation, or it is too long for the model.
+        """
+        return self.generate_many([prompt], raw=raw, **sampling)[0]
+
+    def generate_many(self, prompts: Sequence[Conversation], *, raw: bool | None = None, **sampling: Any) -> list[str]:
         """Answer several prompts in batches; same order."""
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
-        answers = generate(self.model, ids, self.tokenizer.stop_ids, Sampling(**sampling))
+        settings = Sampling.of(sampling)
+        ids = [self.prompt_ids(prompt, raw=raw) for prompt in prompts]
+        answers = generate(self.model, ids, self.tokenizer.stop_ids, settings)
         return [self.tokenizer.decode(answer.ids) for answer in answers]
 
-    def stream(self, prompt: Conversation, **sampling: Any) -> Iterator[str]:
-        """Yield the answer in pieces as it is written."""
-        ids = self.prompt_ids(prompt)
-        pending: list[int] = []
-        for token in stream(self.model, ids, self.tokenizer.stop_ids, Sampling(**sampling)):
-            pending.append(token)
-            text = self.tokenizer.decode(pending)
-            # A character of several byte tokens decodes to U+FFFD until its last byte is there.
-            if text and not text.endswith("\ufffd"):
-                yield text
-                pending = []
-        if pending:
-            yield self.tokenizer.decode(pending)
+    def stream(self, prompt: Conversation, *, raw: bool | None = None, **sampling: Any) -> Generator[str, None, None]:
+        """Yield the answer in pieces as it is written; closing the iterator ends the generation."""
+        settings = Sampling.of(sampling)
+        ids = self.prompt_ids(prompt, raw=raw)
+        return self._pieces(stream(self.model, ids, self.tokenizer.stop_ids, settings))
 
-    def prompt_ids(self, prompt: Conversation) -> list[int]:
-        """Token ids of a conversation up to where the answer starts."""
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.template.prompt_ids([Message(role=turn["role"], content=turn["content"]) for turn in turns])
+    def _pieces(self, tokens: Generator[int, None, None]) -> Generator[str, None, None]:
+        ids: list[int] = []
+        text = shown = ""
+        with contextlib.closing(tokens):
+            for token in tokens:
+                ids.append(token)
+                # All of it: what a token means may depend on those before it (a space in front, bytes of a character).
+                text = self.tokenizer.decode(ids)
+                # A character of several byte tokens decodes to U+FFFD until its last byte is there.
+                if len(text) > len(shown) and not text.endswith("\ufffd"):
+                    yield text[len(shown) :]
+                    shown = text
+        if len(text) > len(shown):
+            yield text[len(shown) :]
+
+    def prompt_ids(self, prompt: Conversation, *, raw: bool | None = None) -> list[int]:
+        """Token ids of a conversation, or of a raw text, up to where the answer starts."""
+        if self.raw if raw is None else raw:
+            return self._text_ids(prompt)
+        return self.template.prompt_ids(_messages(prompt))
+
+    def _text_ids(self, text: Conversation) -> list[int]:
+        if not isinstance(text, str):
+            raise ConfigError(
+                "messages need a template, and raw text has none; give the prompt as one string, or raw=False to use "
+                f"the template {self.template.name}"
+            )
+        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text)]
+        if not ids:
+            raise ConfigError("the prompt is empty; give a text to be continued")
+        return ids
+
+
+def _messages(prompt: Conversation) -> list[Message]:
+    if isinstance(prompt, str):
+        return [Message(role="user", content=prompt)]
+    if not prompt:
+        raise ConfigError('the conversation is empty; give at least one {"role": "user", "content": ...}')
+    for number, turn in enumerate(prompt, 1):
+        if not isinstance(turn, Mapping):
+            raise ConfigError(f"message {number} is {turn!r:.80}; a message is {{'role': ..., 'content': ...}}")
+        for key in ("role", "content"):
+            if not isinstance(turn.get(key), str):
+                raise ConfigError(f"message {number}: `{key}` is {turn.get(key)!r:.80}; it must be a string")
+    return [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str | None = None) -> Loaded:
@@ -95,12 +139,18 @@ def load(path: str | Path, *, device: str = "auto", dtype: str | None = None) ->
         dtype: fp32, fp16 or bf16; None: as trained, or the default of the device.
 
     Raises:
-        ConfigError: nothing usable at `path`, or a run without a result.
+        ConfigError: nothing usable at `path`, a run without a result, or an unknown device or dtype.
         CheckpointError: the adapter belongs to another base model.
     """
+    if device not in DEVICES:
+        raise ConfigError(f"device is {device!r}; allowed: {', '.join(DEVICES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     run = Path(path)
     if (run / "config.yaml").is_file():
         return _load_run(run, device, dtype)
+    if (run / CONFIG).is_file() and not (run / "config.json").is_file():
+        raise _is_adapter(run)
     where = pick_device(device)
     folder = resolve_folder(str(path))
     base = load_base(folder, pick_dtype(dtype, where), where)
@@ -116,19 +166,39 @@ def _load_run(run: Path, device: str, dtype: str | None) -> Loaded:
         raise ConfigError(f"{run} has no result yet ({method.folder}/ is missing); finish it: fitune resume {run}")
     where = pick_device(device)
     wanted = pick_dtype(dtype or config.model.dtype, where)
-    folder = resolve_folder(config.model.path)
+    # The result of full fine-tuning stands alone: the base may be gone.
+    folder = result if method.folder == "model" else resolve_folder(config.model.path)
     tokenizer = Tokenizer.load(folder)
     template = resolve_template(config.data.template, tokenizer)
-    if method.folder == "model":
-        base = load_base(result, wanted, where)
-        return Loaded(base.model, tokenizer, template, where, base, config, method)
     base = load_base(folder, wanted, where)
-    check_base(result, base)
-    model = method.apply(base, config.method)
-    method.load(model, result)
-    model.requires_grad_(False)
-    model.eval()
-    return Loaded(model, tokenizer, template, where, base, config, method)
+    model = base.model
+    if method.folder != "model":
+        check_base(result, base)
+        model = method.apply(base, config.method)
+        method.load(model, result)
+        model.requires_grad_(False)
+        model.eval()
+    return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
+
+
+def _learnt_raw_text(run: Path) -> bool:
+    """Whether no row of the run had a template; a run that does not say so had one."""
+    try:
+        return bool(json.loads((run / "result.json").read_text(encoding="utf-8"))["data"]["template"] is None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_adapter(folder: Path) -> ConfigError:
+    run = folder.resolve().parent
+    if (run / "config.yaml").is_file():
+        advice = f"give the run it belongs to: {run}"
+    else:
+        advice = "give the run folder it came from, or make a whole model of that run: fitune export RUN --to DIR"
+    return ConfigError(
+        f"{folder} is an adapter ({CONFIG}, no config.json), which is no model without its base; {advice}. In Python, "
+        "peft.AutoPeftModelForCausalLM opens a LoRA adapter"
+    )
 
 
 def check_base(adapter: Path, base: Base) -> None:
