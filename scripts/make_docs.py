@@ -54,8 +54,9 @@ def errors_page(folder: Path) -> str:
 def _cell(said: str, folder: Path) -> str:
     text = said.strip().removeprefix("fitune: ")
     text = re.sub(re.escape(str(folder)) + r"/[\w&]+", "...", text)
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-    return text if len(text) <= 500 else text[:500] + " ..."
+    text = text if len(text) <= 500 else text[:500] + " ..."
+    lines = [" ".join(line.split()).replace("|", "\\|").replace("<", "&lt;") for line in text.splitlines()]
+    return "<br>".join(lines)
 
 
 def main() -> None:

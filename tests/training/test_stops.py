@@ -191,3 +191,22 @@ def test_a_positional_model_shorter_than_a_sample_trains(tree, tmp_path):
     tree["data"] |= {"max_length": 256}
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         assert go(tree).step == 6
+
+
+def test_a_full_run_stands_alone_and_stops(tree, tmp_path, tiny):
+    """Its model/ folder answers in plain transformers, and through fitune when the base is gone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tree["model"]["path"] = str(shutil.copytree(tiny, tmp_path / "base"))
+    tree["method"] = {"name": "full"}
+    result = go(tree, max_steps=80, learning_rate=5e-3, eval_every_steps=80, save_every_steps=80, global_batch_rows=8)
+    shutil.rmtree(tmp_path / "base")
+    answer = fitune.load(result.run, device="cpu").generate("say 3", max_new_tokens=40)
+    model = AutoModelForCausalLM.from_pretrained(result.run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(result.run / "model")
+    assert model.config.use_cache
+    turns = [{"role": "user", "content": "say 3"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=40, do_sample=False)[0][ids["input_ids"].shape[1] :]
+    assert out[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(out, skip_special_tokens=True) == answer

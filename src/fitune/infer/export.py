@@ -71,21 +71,27 @@ def _write(loaded: Loaded, run: Path, folder: Path, form: str) -> None:
         shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
         _name_base(loaded, folder / CONFIG)
     else:
-        from transformers import GenerationConfig
-
         model = loaded.method.merge(loaded.model)
-        # A fresh one: settings of the base may contradict each other, which transformers loads but does not save.
-        model.generation_config = GenerationConfig(
-            eos_token_id=list(loaded.tokenizer.stop_ids),
-            pad_token_id=loaded.pad_id,
-            bos_token_id=loaded.tokenizer.bos_id,
-        )
         model.config.use_cache = True  # type: ignore[union-attr]  # a transformers model
         model.save_pretrained(folder)  # type: ignore[operator]
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors makes it readable by its owner alone
-    copy_tokenizer(loaded.tokenizer.folder, folder)
-    write_chat_template(folder, loaded.template, loaded.tokenizer)
+    write_companions(folder, loaded.template, loaded.tokenizer, with_generation=form == "merged")
+
+
+def write_companions(folder: Path, template: Template, tokenizer: Tokenizer, *, with_generation: bool) -> None:
+    """Put beside weights what makes them answer and stop elsewhere: tokenizer, chat template, stop ids."""
+    copy_tokenizer(tokenizer.folder, folder)
+    write_chat_template(folder, template, tokenizer)
+    if with_generation:
+        from transformers import GenerationConfig
+
+        # A fresh one: settings of the base may contradict each other, which transformers loads but does not save.
+        pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.stop_ids[0]
+        settings = GenerationConfig(
+            eos_token_id=list(tokenizer.stop_ids), pad_token_id=pad_id, bos_token_id=tokenizer.bos_id
+        )
+        settings.save_pretrained(folder)
 
 
 def _name_base(loaded: Loaded, file: Path) -> None:

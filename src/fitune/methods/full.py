@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def _load(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _write_config(model: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
-    model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]  # a transformers model
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # type: ignore[union-attr]  # off while training; whoever generates wants it
+    config.save_pretrained(folder)  # type: ignore[union-attr, operator]  # a transformers model's
 
 
 FULL = Method(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from fitune.config import RunConfig, leaves
+from fitune.data.templates import resolve_template
 from fitune.errors import CheckpointError, ConfigError
+from fitune.infer.export import write_companions
 from fitune.methods.base import write_json
-from fitune.model.folder import copy_tokenizer
 from fitune.training import checkpoint
 from fitune.training.checkpoint import Checkpoint
 from fitune.training.session import Session, State
@@ -138,7 +139,8 @@ def publish(session: Session, state: State) -> int:
     def write(folder: Path) -> None:
         session.method.save(session.model, folder, base_facts(session))
         if session.method.folder == "model":
-            copy_tokenizer(session.tokenizer.folder, folder)
+            template = resolve_template(session.config.data.template, session.tokenizer)
+            write_companions(folder, template, session.tokenizer, with_generation=True)
 
     session.folder.publish(session.method.folder, write)
     return step
