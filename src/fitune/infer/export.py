@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -72,26 +73,29 @@ def _write(loaded: Loaded, run: Path, folder: Path, form: str) -> None:
         _name_base(loaded, folder / CONFIG)
     else:
         model = loaded.method.merge(loaded.model)
+        model.generation_config = stop_settings(loaded.tokenizer)
         model.config.use_cache = True  # type: ignore[union-attr]  # a transformers model
         model.save_pretrained(folder)  # type: ignore[operator]
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors makes it readable by its owner alone
-    write_companions(folder, loaded.template, loaded.tokenizer, with_generation=form == "merged")
+    write_companions(folder, loaded.template, loaded.tokenizer)
 
 
-def write_companions(folder: Path, template: Template, tokenizer: Tokenizer, *, with_generation: bool) -> None:
-    """Put beside weights what makes them answer and stop elsewhere: tokenizer, chat template, stop ids."""
+def write_companions(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
+    """Put beside weights what makes them answer and stop elsewhere: tokenizer and chat template."""
     copy_tokenizer(tokenizer.folder, folder)
     write_chat_template(folder, template, tokenizer)
-    if with_generation:
-        from transformers import GenerationConfig
 
-        # A fresh one: settings of the base may contradict each other, which transformers loads but does not save.
-        pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.stop_ids[0]
-        settings = GenerationConfig(
-            eos_token_id=list(tokenizer.stop_ids), pad_token_id=pad_id, bos_token_id=tokenizer.bos_id
-        )
-        settings.save_pretrained(folder)
+
+def stop_settings(tokenizer: Tokenizer) -> Any:
+    """A fresh transformers GenerationConfig with the stop ids.
+
+    Settings of the base are left behind: they may contradict each other, which transformers loads but does not save.
+    """
+    from transformers import GenerationConfig
+
+    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.stop_ids[0]
+    return GenerationConfig(eos_token_id=list(tokenizer.stop_ids), pad_token_id=pad_id, bos_token_id=tokenizer.bos_id)
 
 
 def _name_base(loaded: Loaded, file: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from fitune.config import RunConfig, leaves
 from fitune.data.templates import resolve_template
 from fitune.errors import CheckpointError, ConfigError
-from fitune.infer.export import write_companions
+from fitune.infer.export import stop_settings, write_companions
 from fitune.methods.base import write_json
 from fitune.training import checkpoint
 from fitune.training.checkpoint import Checkpoint
@@ -140,7 +140,8 @@ def publish(session: Session, state: State) -> int:
         session.method.save(session.model, folder, base_facts(session))
         if session.method.folder == "model":
             template = resolve_template(session.config.data.template, session.tokenizer)
-            write_companions(folder, template, session.tokenizer, with_generation=True)
+            write_companions(folder, template, session.tokenizer)
+            stop_settings(session.tokenizer).save_pretrained(folder)
 
     session.folder.publish(session.method.folder, write)
     return step
