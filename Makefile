@@ -1,4 +1,4 @@
-# make demo   train LoRA on the small model inside fitune and print what it learnt (two minutes on two cores)
+# make demo   train LoRA on the small model inside fitune and print what it learnt (a minute or two on two cores)
 # make test   the whole suite, on CPU, without network
 # make check  style, types, import layers, size caps
 #

@@ -61,7 +61,7 @@ def main() -> int:
     for name in ("五言绝句", "七言绝句", "五言律诗", "对联", "all"):
         cells = [f"{right}/{asked} = {right / asked:.0%}" for right, asked in (before[name], after[name])]
         rows.append([f"form accuracy, {name}", *cells])
-    table = Table("", "before", "after", title="What two minutes of LoRA did")
+    table = Table("", "before", "after", title="Before and after LoRA")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -33,6 +33,7 @@ def measure(base: Path, dtype: str, run: Path) -> dict[str, float | int | str]:
     overrides = [
         f"model.path={base}",
         f"model.dtype={dtype}",
+        "train.epochs=3",
         "train.micro_batch_rows=2",
         "train.eval_every_steps=36",
         "train.save_every_steps=72",
@@ -47,6 +48,7 @@ def measure(base: Path, dtype: str, run: Path) -> dict[str, float | int | str]:
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     return {
         "dtype": dtype,
+        "steps": len(train),
         "train": sum(train[-10:]) / 10,
         "final": evals[-1],
         "best": min(evals),
@@ -71,7 +73,7 @@ def main() -> None:
         "# fp16 against fp32",
         "",
         f"`python scripts/measure_fp16.py` on {reference['device']}, {reference['versions']}. The demo's rows, padded",
-        "micro-batches of 2 rows, pad token = eos token, 72 steps.",
+        f"micro-batches of 2 rows, pad token = eos token, {reference['steps']} steps.",
         "",
         "| base dtype | mean train loss, last 10 steps | final held-out loss | against fp32 | best held-out loss | "
         "steps not applied | loss scale at the end |",
