@@ -27,10 +27,14 @@ def real(config, section):
     return count_parameters(model), sorted(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def has_bias(name):
+    return any(parameter.name.endswith("bias") for parameter in read_arch(TINY[name]).parameters)
+
+
 CASES = [
     *((name, {"name": "lora", "target_modules": which}) for name in TINY for which in ("attention", "linear")),
     *((name, {"name": "full"}) for name in TINY),
-    *((name, {"name": "bitfit"}) for name in TINY if any(p.name.endswith("bias") for p in read_arch(TINY[name]).parameters)),
+    *((name, {"name": "bitfit"}) for name in TINY if has_bias(name)),
     ("llama", {"name": "lora", "r": 3, "target_modules": ["self_attn.k_proj", "down_proj"]}),
     ("llama", {"name": "lora", "r": 3, "target_modules": ["layers.1.self_attn.q_proj", "v_proj"]}),
     ("bloom", {"name": "lora", "target_modules": ["dense"]}),

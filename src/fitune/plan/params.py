@@ -9,7 +9,7 @@ for them in this release.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fitune.config import BitfitConfig, LoraConfig, MethodConfig

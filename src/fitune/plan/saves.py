@@ -77,8 +77,8 @@ class Saved:
 def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The tensors one block keeps until its backward pass, in the order they are made.
 
-    `gate_up` and `qkv` carry the adapter columns of their group, because the backward pass overwrites them with their own
-    gradients and the adapter's part of that gradient stands beside them.
+    `gate_up` and `qkv` carry the adapter columns of their group, because the backward pass overwrites them with their
+    own gradients and the adapter's part of that gradient stands beside them.
     """
     qkv, o, up, down = shape.lora
     if level == "full":
