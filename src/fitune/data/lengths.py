@@ -1,0 +1,32 @@
+"""Lengths of a run's rows for the plan: read and encoded as for training, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fitune.config import DataConfig
+from fitune.data.prepare import prepare
+from fitune.data.tokenizer import Tokenizer
+from fitune.plan.lengths import Lengths
+
+
+def row_lengths(data: DataConfig, folder: Path) -> Lengths | str:
+    """Tokens of every row that would be trained or evaluated on, or why they cannot be known.
+
+    Args:
+        folder: the model's; a tokenizer.json is needed, the older tokenizer.model takes transformers to read.
+
+    Raises:
+        DataError: rows that training would refuse.
+        ConfigError: the tokenizer is damaged, or the template cannot be used with it.
+    """
+    if not data.train:
+        return "data.train is not set"
+    files = (*data.train, *(data.eval if isinstance(data.eval, tuple) else ()))
+    absent = next((file for file in files if not Path(file).is_file()), None)
+    if absent is not None:
+        return f"{absent} is not there"
+    if not (folder / "tokenizer.json").is_file():
+        return f"{folder} has no tokenizer.json"
+    dataset = prepare(data, Tokenizer.load(folder))
+    return Lengths(tuple(r.num_tokens for r in dataset.train), tuple(r.num_tokens for r in dataset.eval))

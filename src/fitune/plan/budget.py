@@ -1,0 +1,107 @@
+"""Does a run fit memory.budget, and what to change first if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from fitune.config import RunConfig
+from fitune.errors import PlanError
+from fitune.plan.lengths import Lengths
+from fitune.plan.memory import MemoryPlan, plan_memory
+
+GB = 1e9
+
+
+def fits(plan: MemoryPlan, config: RunConfig) -> bool | None:
+    """Whether the plan stays within memory.budget; None without a budget, on CPU, or if only a lower bound does."""
+    if config.memory.budget is None or config.train.device == "cpu":
+        return None
+    if plan.device_bytes > config.memory.budget * GB:
+        return False
+    return None if plan.plain_reason else True
+
+
+def check_budget(plan: MemoryPlan, config: RunConfig, lengths: Lengths | str) -> None:
+    """Refuse a run that cannot fit.
+
+    Args:
+        plan: of `config` and `lengths`.
+
+    Raises:
+        PlanError: with the largest part and the first change that would make it fit.
+    """
+    if fits(plan, config) is not False:
+        return
+    budget = config.memory.budget or 0
+    least = "at least " if plan.plain_reason else ""
+    context = plan.job.hardware.context_bytes
+    largest = plan.largest
+    raise PlanError(
+        f"memory.budget is {budget:g} GB, but this run takes {least}{_gb(plan.device_bytes)} "
+        f"({_gb(plan.peak_bytes)} in the phase `{plan.peak_phase}`, {_gb(context)} for the CUDA context). The largest "
+        f"part is `{largest.name}` with {_gb(largest.bytes)}. {_advice(plan, config, lengths)}"
+    )
+
+
+def _advice(plan: MemoryPlan, config: RunConfig, lengths: Lengths | str) -> str:
+    """The first setting that suffices alone; else as many as it takes; else the least there can be."""
+    budget = (config.memory.budget or 0) * GB
+
+    def needed(changed: RunConfig) -> int:
+        return plan_memory(plan.job.arch, changed, lengths, plan.job.hardware).device_bytes
+
+    for keys in _levers(config):
+        for key, value in keys:
+            changed = _changed(config, key, value)
+            if changed is not None and needed(changed) <= budget:
+                return f"{key}={_shown(value)} brings it to {_gb(needed(changed))}"
+    together: list[str] = []
+    current = config
+    for keys in _levers(config):
+        usable = [(key, value, new) for key, value in keys if (new := _changed(current, key, value)) is not None]
+        if not usable:
+            continue
+        key, value, current = usable[-1]
+        together.append(f"{key}={_shown(value)}")
+        if needed(current) <= budget:
+            return f"No single setting is enough; {' '.join(together)} brings it to {_gb(needed(current))}"
+    how = f"; with {' '.join(together)} it still takes {_gb(needed(current))}" if together else ""
+    return f"No setting of this release makes it fit{how}. Raise memory.budget or take a smaller model"
+
+
+def _levers(config: RunConfig) -> Iterator[list[tuple[str, object]]]:
+    """What costs least first: smaller micro-steps, more recomputation, smaller weights; mild values first."""
+    packed = config.data.packing
+    key = "micro_batch_tokens" if packed else "micro_batch_rows"
+    now = getattr(config.train, key) or (2 * config.data.max_length if packed else 4)
+    smallest = config.data.max_length if packed else 1
+    smaller: list[tuple[str, object]] = []
+    while now > smallest:
+        now = max(now // 2, smallest)
+        smaller.append((f"train.{key}", now))
+    yield smaller
+    if config.train.activation_checkpointing not in (True, "full"):
+        yield [("train.activation_checkpointing", value) for value in ("attention", True)]
+    if config.model.quantization == "none":
+        yield [("model.quantization", value) for value in ("int8", "nf4")]
+
+
+def _changed(config: RunConfig, key: str, value: object) -> RunConfig | None:
+    """The configuration with one more setting; None where this release has no such value."""
+    section, name = key.split(".")
+    tree = config.model_dump()
+    tree[section][name] = value
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError:
+        return None
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / GB:.2f} GB"

@@ -1,0 +1,44 @@
+"""What a GPU takes besides tensors: constants by name, with whether they were measured.
+
+The context (driver, kernels, lazily loaded modules) is outside PyTorch's allocator; cuBLAS workspaces are inside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 2**20
+NUM_WORKSPACES = 2  # cuBLAS keeps one per handle and stream: the run's stream, and the one graphs are captured on
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        name: as the driver reports it, or a class of devices.
+        context_bytes: taken outside the allocator as soon as a kernel runs.
+        workspace_bytes: of one cuBLAS handle and stream.
+        measured: the two numbers were measured on this device; else they are the largest that are reported.
+    """
+
+    name: str
+    context_bytes: int
+    workspace_bytes: int
+    measured: bool
+
+
+CPU = Hardware("CPU", 0, 0, measured=True)
+# The workspace before Hopper is 8.125 MiB, on it (sm90) 32 MiB.
+HOPPER = Hardware("a Hopper GPU", 600_000_000, 32 * MIB, measured=False)
+OLDER = Hardware("a GPU before Hopper", 600_000_000, 8 * MIB + 128 * 1024, measured=False)
+NAMES = {"H100": HOPPER, "H200": HOPPER, "GH200": HOPPER, "A100": OLDER, "A10": OLDER, "RTX 3090": OLDER, "T4": OLDER}
+
+
+def find_gpu(name: str | None) -> Hardware:
+    """The row of a device name such as `NVIDIA H200`; without a name, or with one not known, the largest numbers."""
+    words = (name or "").replace("-", " ").split()
+    for key, row in NAMES.items():
+        if all(word in words for word in key.split()):
+            return row
+    return HOPPER
