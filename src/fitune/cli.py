@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from fitune.errors import ConfigError, FituneError, OutOfMemoryError
 
 if TYPE_CHECKING:
+    from fitune.config import RunConfig
     from fitune.infer.load import Conversation
+    from fitune.plan.arch import ArchSpec
 
 EPILOG = """exit codes: 0 done, 2 configuration, 3 data, 4 out of memory, 5 diverged, 6 storage,
 75 interrupted and resumable. Every setting: fitune config, or docs/configuration.md."""
@@ -83,6 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", metavar="RUN", help="run folder")
     _overrides(resume)
     resume.set_defaults(command=_resume)
+
+    for name, command, does in (
+        ("params", _params, "count trained and all parameters"),
+        ("plan", _plan, "predict memory by part, before any weight is read"),
+    ):
+        planned = commands.add_parser(name, help=does)
+        planned.add_argument("config", metavar="CONFIG", help="YAML file")
+        planned.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="settings over those of the file"
+        )
+        planned.add_argument("--json", action="store_true", help="print JSON")
+        planned.set_defaults(command=command)
 
     data = commands.add_parser("data", help="examine data files: bad rows, lengths, what is learnt")
     data.add_argument("files", nargs="+", metavar="FILE", help=".json, .jsonl, either also .gz")
@@ -177,6 +191,39 @@ def _resume(options: argparse.Namespace) -> int:
 def _say_where(run: Path, quiet: bool) -> None:
     if not quiet:
         print(f"done: {run}/report.html shows the run; talk to it: fitune chat {run}")
+
+
+def _params(options: argparse.Namespace) -> int:
+    from fitune.plan.text import params_json, params_text
+
+    config, arch, _ = _planned(options)
+    print(params_json(arch, config) if options.json else params_text(arch, config))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fitune.data.lengths import row_lengths
+    from fitune.plan.budget import check_budget
+    from fitune.plan.memory import plan_memory
+    from fitune.plan.text import plan_json, plan_text
+
+    config, arch, folder = _planned(options)
+    lengths = row_lengths(config.data, folder)
+    plan = plan_memory(arch, config, lengths)
+    print(plan_json(plan, config) if options.json else plan_text(plan, config))
+    check_budget(plan, config, lengths)
+    return 0
+
+
+def _planned(options: argparse.Namespace) -> tuple[RunConfig, ArchSpec, Path]:
+    """Configuration, architecture and model folder; no weights are looked for, and none downloaded."""
+    from fitune.config import load
+    from fitune.model.folder import read_config, resolve_folder
+    from fitune.plan.arch import read_arch
+
+    config = load(options.config, options.overrides)
+    folder = resolve_folder(config.model.path, weights=False)
+    return config, read_arch(read_config(folder)), folder
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -26,7 +26,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+TEXT_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
+HUB_PATTERNS = ["*.safetensors", *TEXT_PATTERNS]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ def embedded_path() -> Path:
     return Path(__file__).parent.parent / "embedded"
 
 
-def resolve_folder(path: str) -> Path:
+def resolve_folder(path: str, *, weights: bool = True) -> Path:
     """Local folder of `embedded`, of a local path, or of a hub id (downloaded if needed).
+
+    Args:
+        weights: False downloads configuration and tokenizer only.
 
     Raises:
         ConfigError: neither a folder nor a hub id that can be had.
@@ -77,16 +81,16 @@ def resolve_folder(path: str) -> Path:
             f"model.path {path!r}: no such folder. Give an existing folder, a hub id like "
             "meta-llama/Llama-3.2-1B, or `embedded`"
         )
-    return _from_hub(path)
+    return _from_hub(path, weights)
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=HUB_PATTERNS))
-        if not any(folder.glob("*.safetensors")):  # an old repository: only then fetch .bin files
+        folder = Path(snapshot_download(repo, allow_patterns=HUB_PATTERNS if weights else TEXT_PATTERNS))
+        if weights and not any(folder.glob("*.safetensors")):  # an old repository: only then fetch .bin files
             folder = Path(snapshot_download(repo, allow_patterns=[*HUB_PATTERNS, "pytorch_model*.bin"]))
     except (HFValidationError, ValueError) as error:
         raise ConfigError(f"model.path {repo[:100]!r} is neither a folder nor a valid hub id") from error
@@ -105,12 +109,26 @@ def inspect_folder(folder: Path) -> ModelFolder:
     Raises:
         ConfigError: missing or damaged files, remote code, unknown quantization, absurd sizes.
     """
-    config = _read_json(folder / "config.json")
+    config = read_config(folder)
     if "auto_map" in config:
         raise ConfigError(
             f"{folder}: config.json wants code from the model repository (auto_map), which fitune never runs. Use a "
             "version of the model that transformers supports by itself"
         )
+    for pattern, weights_format in (("*.safetensors", "safetensors"), ("pytorch_model*.bin", "bin")):
+        files = _weight_files(folder, pattern)
+        if files:
+            return ModelFolder(config, config["model_type"], files, weights_format)
+    raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that needs no weights; its `model_type` is a text.
+
+    Raises:
+        ConfigError: missing or damaged, weights quantized by another program, absurd sizes.
+    """
+    config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{folder}/config.json: `model_type` is missing; it names the architecture")
@@ -122,11 +140,7 @@ def inspect_folder(folder: Path) -> ModelFolder:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or not 0 < value <= limit):
             raise ConfigError(f"{folder}/config.json: `{key}` is {value!r}; allowed: 1 to {limit}")
-    for pattern, weights_format in (("*.safetensors", "safetensors"), ("pytorch_model*.bin", "bin")):
-        files = _weight_files(folder, pattern)
-        if files:
-            return ModelFolder(config, model_type, files, weights_format)
-    raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
+    return config
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
