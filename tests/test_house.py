@@ -13,7 +13,15 @@ SRC = ROOT / "src" / "fitune"
 FILES = sorted(SRC.rglob("*.py"))
 IDS = [str(file.relative_to(SRC)) for file in FILES]
 
-LAYERS = [{"errors", "config"}, {"data", "model"}, {"methods"}, {"infer"}, {"training"}, {"cli"}]
+LAYERS = [
+    {"errors", "config"},
+    {"plan", "kernels"},
+    {"data", "model"},
+    {"methods", "engine"},
+    {"infer"},
+    {"training"},
+    {"cli"},
+]
 MAX_FILE, MAX_FUNCTION, MAX_LOOP = 400, 60, 120
 LONG_FUNCTIONS = {("training/loop.py", "run"), ("cli.py", "_parser")}  # the loop; one line per option
 TORCH_SWITCHES = {("torch", "manual_seed")}
