@@ -17,9 +17,9 @@ from torch import nn
 
 from fitune.engine.groups import Group, Scratch
 from fitune.engine.spec import BlockSpec
-from fitune.kernels.attention import Documents, attention, attention_backward
+from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
-from fitune.kernels.rope import Rotary, pack_gradients, qk_norm_rotate, qk_norm_rotate_backward, rotate
+from fitune.kernels.rope import HeadNorm, Rotary, pack_gradients, qk_norm_rotate, qk_norm_rotate_backward, rotate
 from fitune.kernels.swiglu import swiglu, swiglu_backward
 from fitune.plan.saves import GROUPS, BlockShape, Level
 
@@ -56,8 +56,7 @@ class Block:
             for name, paths in spec.names().items()
         }
         self.norm1, self.norm2 = _norm(layer, spec.norm1), _norm(layer, spec.norm2)
-        self.q_norm = _norm(layer, spec.q_norm) if spec.q_norm else None
-        self.k_norm = _norm(layer, spec.k_norm) if spec.k_norm else None
+        self.head_norm = _head_norm(layer, spec)
         self.shape: BlockShape  # set once the adapters of all blocks are known
         self.first = False  # nothing trains below: no gradient of the block's input is needed
 
@@ -66,6 +65,11 @@ class Block:
         """Adapter columns per group."""
         qkv, o, up, down = (self.groups[name].R for name in GROUPS)
         return qkv, o, up, down
+
+    @property
+    def trains(self) -> bool:
+        """Some adapter of this block is trained."""
+        return any(group.trained for group in self.groups.values())
 
     def refresh(self) -> None:
         """Take over the adapters' current parameters."""
@@ -79,12 +83,12 @@ class Block:
         """
         y1 = self._buffer(v, "y1", "qkv")
         if residual is None:
-            add_norm(self.norm1, v["x"], None, None, y1[:, : self.shape.hidden], v["rstd1"])
+            add_norm(v["x"], None, self.norm1, None, y1[:, : self.shape.hidden], v["rstd1"], None)
         else:
-            add_norm(self.norm1, residual, v["branch"], v["x"], y1[:, : self.shape.hidden], v["rstd1"])
+            add_norm(residual, v["branch"], self.norm1, v["x"], y1[:, : self.shape.hidden], v["rstd1"], None)
         self._attention(v, y1, tokens, keep_h=True)
         y2 = self._buffer(v, "y2", "up")
-        add_norm(self.norm2, v["x"], v["branch"], v["mid"], y2[:, : self.shape.hidden], v["rstd2"])
+        add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2[:, : self.shape.hidden], v["rstd2"], None)
         self._gate_up(v, y2, keep_h=True)
         act = self._buffer(v, "act", "down")
         swiglu(v["gate_up"][:, : self.shape.inner], act[:, : self.shape.intermediate])
@@ -102,15 +106,15 @@ class Block:
 
     def _recompute_attention(self, v: Views, tokens: Tokens) -> None:
         y1 = self._buffer(v, "y1", "qkv")
-        add_norm(self.norm1, v["x"], None, None, y1[:, : self.shape.hidden], v["rstd1"])
+        add_norm(v["x"], None, self.norm1, None, y1[:, : self.shape.hidden], v["rstd1"], None)
         self._attention(v, y1, tokens, keep_h=False)
 
     def _recompute_gate_up(self, v: Views) -> None:
         y2 = self._buffer(v, "y2", "up")
         if self.level == "full":
-            add_norm(self.norm2, v["x"], v["branch"], v["mid"], y2[:, : self.shape.hidden], v["rstd2"])
+            add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2[:, : self.shape.hidden], v["rstd2"], None)
         else:
-            norm_only(self.norm2, v["mid"], v["rstd2"], y2[:, : self.shape.hidden])
+            norm_only(v["mid"], self.norm2, v["rstd2"], None, y2[:, : self.shape.hidden])
         self._gate_up(v, y2, keep_h=False)
 
     def _attention(self, v: Views, y1: torch.Tensor, tokens: Tokens, keep_h: bool) -> None:
@@ -119,29 +123,28 @@ class Block:
         self._down_project("qkv", v, y1, keep_h)
         qkv = v["qkv"][:, : shape.qkv]
         self.groups["qkv"].forward(y1, qkv)
-        q, k, value = self._queries_keys_values(v, tokens, rotated=False)
-        attention(q, k, value, tokens.documents, shape.head_dim**-0.5, _heads(a, shape.attention, shape), v["lse"])
+        inputs = self._queries_keys_values(v, tokens, rotated=False)
+        scoring = Scoring(tokens.documents, shape.head_dim**-0.5)
+        attention(inputs, scoring, _split(a[:, : shape.attention], shape), v["lse"])
         if self.groups["o"].R:
             self.groups["o"].down_project(a)
         self.groups["o"].forward(a, v["branch"])
 
-    def _queries_keys_values(self, v: Views, tokens: Tokens, rotated: bool) -> tuple[torch.Tensor, ...]:
-        """Rotated queries and keys, and values, (T, heads, d) each.
+    def _queries_keys_values(self, v: Views, tokens: Tokens, rotated: bool) -> QKV:
+        """Rotated queries and keys, and values.
 
         Without per-head norms the rotation is done in place, once. With them `qkv` keeps the projections' output, from
-        which normed and rotated queries and keys are made in `scratch`, again in the backward pass.
+        which normed and rotated queries and keys are made in `normed`, again in the backward pass.
         """
         shape, rotary = self.shape, tokens.rotary
         qkv = v["qkv"][:, : shape.qkv]
-        if self.q_norm is None or self.k_norm is None:
+        if self.head_norm is None:
             if not rotated:
                 rotate(qkv, rotary, tokens.positions_T, shape.heads + shape.kv_heads, qkv)
-            q, k = qkv[:, : shape.attention], qkv[:, shape.attention : -shape.kv_heads * shape.head_dim]
-        else:
-            normed = v["normed"]
-            q, k = normed[:, : shape.attention], normed[:, shape.attention :]
-            qk_norm_rotate(qkv, (self.q_norm, self.k_norm), rotary, tokens.positions_T, q, k)
-        return tuple(_split(part, shape) for part in (q, k, qkv[:, -shape.kv_heads * shape.head_dim :]))
+            return QKV.of_rows(qkv, shape.heads, shape.kv_heads)
+        q, k = v["normed"][:, : shape.attention], v["normed"][:, shape.attention :]
+        qk_norm_rotate(qkv, self.head_norm, rotary, tokens.positions_T, q, k)
+        return QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape))
 
     def _gate_up(self, v: Views, y2: torch.Tensor, keep_h: bool) -> None:
         self._down_project("up", v, y2, keep_h)
@@ -182,26 +185,19 @@ class Block:
             o.adapter_gradients(d, a[:, o.ins :], a[:, : o.ins])
         if self.first and not qkv_group.R:
             return
-        q, k, value = self._queries_keys_values(v, tokens, rotated=True)
+        inputs = self._queries_keys_values(v, tokens, rotated=True)
         da, grads = scratch[:, : shape.attention], scratch[:, shape.attention : shape.attention + shape.qkv]
         o.input_gradient(d, da)
-        dq, dk, dv = (grads[:, part] for part in _parts(shape))
-        attention_backward(
-            (q, k, value, _heads(a, shape.attention, shape), v["lse"]),
-            _split(da, shape),
-            tokens.documents,
-            shape.head_dim**-0.5,
-            (_split(dq, shape), _split(dk, shape), _split(dv, shape)),
-            v["delta"],
-        )
-        qkv = v["qkv"]
-        if self.q_norm is None or self.k_norm is None:
-            pack_gradients((dq, dk, dv), tokens.rotary, tokens.positions_T, qkv[:, : shape.qkv])
+        scoring, out = Scoring(tokens.documents, shape.head_dim**-0.5), _split(a[:, : shape.attention], shape)
+        dqkv = QKV.of_rows(grads, shape.heads, shape.kv_heads)
+        attention_backward(inputs, scoring, _split(da, shape), out, v["lse"], dqkv, v["delta"])
+        qkv, rotary, positions = v["qkv"], tokens.rotary, tokens.positions_T
+        dq, dk, dv = grads.split([shape.attention, *[shape.kv_heads * shape.head_dim] * 2], 1)
+        if self.head_norm is None:
+            pack_gradients(dq, dk, dv, rotary, positions, qkv[:, : shape.qkv])
         else:
-            norms = (self.q_norm, self.k_norm)
-            qk_norm_rotate_backward(
-                (dq, dk, dv), qkv[:, : shape.qkv], norms, tokens.rotary, tokens.positions_T, qkv[:, : shape.qkv]
-            )
+            before = qkv[:, : shape.qkv]
+            qk_norm_rotate_backward((dq, dk, dv), before, self.head_norm, rotary, positions, before)
         if qkv_group.R:
             qkv_group.up_project(qkv)
         self._through_norm(v, qkv_group, qkv, "1", stop=self.first)
@@ -214,11 +210,11 @@ class Block:
         y = v["y"][:, :hidden]
         if stop:
             if kept is None:
-                norm_only(norm, source, rstd, y)
+                norm_only(source, norm, rstd, None, y)
         else:
             group.input_gradient(dout, y)
             recomputed = y if group.R and kept is None else None
-            norm_backward(norm, y, source, rstd, v["d"][:, :hidden], recomputed)
+            norm_backward(y, source, norm, rstd, None, v["d"][:, :hidden], recomputed)
         if group.R:
             name = "qkv" if which == "1" else "up"
             group.adapter_gradients(dout, v[f"h_{name}"], y if kept is None else kept[:, :hidden])
@@ -233,24 +229,21 @@ class Block:
 
 def _norm(layer: nn.Module, name: str) -> Norm:
     module: Any = layer.get_submodule(name)
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(module.weight.detach(), None, float(eps))
+    return Norm(module.weight.detach(), None, epsilon(module))
+
+
+def _head_norm(layer: nn.Module, spec: BlockSpec) -> HeadNorm | None:
+    if not spec.q_norm:
+        return None
+    q, k = layer.get_submodule(spec.q_norm), layer.get_submodule(spec.k_norm)
+    return HeadNorm(q.weight.detach(), k.weight.detach(), epsilon(q))
+
+
+def epsilon(norm: Any) -> float:
+    """What an RMS norm of transformers adds to the mean square."""
+    return float(norm.variance_epsilon)
 
 
 def _split(x_Tn: torch.Tensor, shape: BlockShape) -> torch.Tensor:
     """(T, heads * d) as (T, heads, d)."""
     return x_Tn.unflatten(1, (-1, shape.head_dim))
-
-
-def _heads(x_Tn: torch.Tensor, width: int, shape: BlockShape) -> torch.Tensor:
-    return _split(x_Tn[:, :width], shape)
-
-
-def _parts(shape: BlockShape) -> tuple[slice, slice, slice]:
-    """Columns of queries, keys and values."""
-    kv = shape.kv_heads * shape.head_dim
-    return (
-        slice(0, shape.attention),
-        slice(shape.attention, shape.attention + kv),
-        slice(shape.attention + kv, shape.attention + 2 * kv),
-    )

@@ -76,6 +76,7 @@ class Group:
         self.ins = self._linears[0].in_features
         self.outs = sum(linear.out_features for linear in self._linears)
         self.adapters = _adapters(modules)
+        self.trained = [adapter for adapter in self.adapters if adapter.A.requires_grad]
         self.R = adapter_columns([adapter.A.shape[0] for adapter in self.adapters])
         self._scratch = scratch
         self.quantized = hasattr(self._linears[0], "dequantize_into")
@@ -123,13 +124,13 @@ class Group:
 
     def adapter_gradients(self, dy_TNR: torch.Tensor, h_TR: torch.Tensor, x_TK: torch.Tensor) -> None:
         """Accumulate dA += (dy B)ᵀ x and dB += scale dyᵀ h in fp32; `up_project` has been called on `dy_TNR`."""
-        for adapter, (dA_rK, dB_Nr) in zip(self.adapters, self._gradients, strict=True):
+        for adapter, (dA_rK, dB_Nr) in zip(self.trained, self._gradients, strict=True):
             back_Tr = dy_TNR[:, self.outs :][:, adapter.columns]
             _accumulate(dA_rK, back_Tr, x_TK, 1.0)
             _accumulate(dB_Nr, dy_TNR[:, adapter.rows], h_TR[:, adapter.columns], adapter.scale)
 
     def use_gradients(self, gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Where `adapter_gradients` accumulates: fp32, the shapes of A and B, one pair per adapter."""
+        """Where `adapter_gradients` accumulates: fp32, the shapes of A and B, one pair per trained adapter."""
         self._gradients = gradients
 
     def _matrix(self) -> torch.Tensor:
@@ -163,7 +164,9 @@ class Group:
         if all(linear.bias is None for linear in self._linears):
             return None
         parts = [
-            torch.zeros(linear.out_features, dtype=dtype, device=device) if linear.bias is None else linear.bias.detach()
+            torch.zeros(linear.out_features, dtype=dtype, device=device)
+            if linear.bias is None
+            else linear.bias.detach()
             for linear in self._linears
         ]
         return torch.cat(parts).to(dtype)

@@ -56,7 +56,7 @@ class Head:
         x, y, d, logits = self._x_MH[:m], self._y_MH[:m], self._d_MH[:m], self._logits_MV[:m]
         rstd, loss = self._rstd_M[:m], self._loss_M[:m]
         torch.index_select(final_TH, 0, index_M, out=x)
-        add_norm(self._norm, x, None, None, y, rstd)
+        add_norm(x, None, self._norm, None, y, rstd, None)
         if self._bias is None:
             torch.mm(y, self._weight_VH.t(), out=logits)
         else:
@@ -70,5 +70,5 @@ class Head:
         loss_sum.add_(loss.sum())
         torch.mm(logits, self._weight_VH, out=y)
         d.zero_()
-        norm_backward(self._norm, y, x, rstd, d, None)
+        norm_backward(y, x, self._norm, rstd, None, d, None)
         d_TH.index_copy_(0, index_M, d)

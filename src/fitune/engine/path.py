@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fitune.data.batches import IGNORE, Batch
-from fitune.engine.block import Block, Tokens
+from fitune.engine.block import Block, Tokens, epsilon
 from fitune.engine.buffers import Buffers
 from fitune.engine.groups import Scratch
 from fitune.engine.head import Head
@@ -50,21 +50,19 @@ class EnginePath:
         self.blocks = [Block(layer, spec, level, self.dtype, scratch) for layer in base.model.layers]
         columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
         self.shape = block_shape(model, spec, columns)  # type: ignore[arg-type]
-        trained = [i for i, block in enumerate(self.blocks) if any(block.lora)]
-        self._lowest = min(trained)
+        self._lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
         for block in self.blocks:
             block.shape = self.shape
         self.blocks[self._lowest].first = True
         final = base.model.norm
-        eps = final.variance_epsilon if hasattr(final, "variance_epsilon") else final.eps
-        self._head = Head(Norm(final.weight.detach(), None, float(eps)), base.get_output_embeddings())
+        self._head = Head(Norm(final.weight.detach(), None, epsilon(final)), base.get_output_embeddings())
         cos, sin = rotary_tables(model, max_position, self.dtype)
         self._rotary = Rotary(cos, sin, self.shape.head_dim, spec.interleaved)
         self._scale = torch.ones((), device=self.device)
         self._loss_sum = torch.zeros((), device=self.device)
         self._attach_gradients()
         self._graphs: dict[int, dict[str, Any]] = {}
-        self._resize(max_tokens)
+        self.reserve(max_tokens)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """See `training.path.Path.loss`."""
@@ -76,23 +74,22 @@ class EnginePath:
 
     def _attach_gradients(self) -> None:
         """One flat fp32 buffer holds all adapters' gradients; parameters' .grad are views of it."""
-        adapters = [(group, a) for block in self.blocks for group in block.groups.values() for a in group.adapters]
-        total = sum(a.A.numel() + a.B.numel() for _, a in adapters)
+        groups = [group for block in self.blocks for group in block.groups.values()]
+        total = sum(a.A.numel() + a.B.numel() for group in groups for a in group.trained)
         self._gradients = torch.zeros(total, device=self.device)
         self._parameters: list[tuple[nn.Parameter, torch.Tensor]] = []
         at = 0
-        for block in self.blocks:
-            for group in block.groups.values():
-                pairs = []
-                for adapter in group.adapters:
-                    views = []
-                    for parameter in (adapter.A, adapter.B):
-                        view = self._gradients[at : at + parameter.numel()].view(parameter.shape)
-                        at += parameter.numel()
-                        self._parameters.append((parameter, view))
-                        views.append(view)
-                    pairs.append((views[0], views[1]))
-                group.use_gradients(pairs)
+        for group in groups:
+            pairs = []
+            for adapter in group.trained:
+                views = []
+                for parameter in (adapter.A, adapter.B):
+                    view = self._gradients[at : at + parameter.numel()].view(parameter.shape)
+                    at += parameter.numel()
+                    self._parameters.append((parameter, view))
+                    views.append(view)
+                pairs.append((views[0], views[1]))
+            group.use_gradients(pairs)
 
     def _claim_gradients(self) -> None:
         """The optimizer drops gradients between steps; ours are static, so they are zeroed and given back."""
@@ -105,8 +102,8 @@ class EnginePath:
         for parameter, view in fresh:
             parameter.grad = view
 
-    def _resize(self, tokens: int) -> None:
-        """Buffers for micro-steps of up to `tokens`."""
+    def reserve(self, tokens: int) -> None:
+        """Make buffers for micro-steps of up to `tokens` tokens; a larger one makes them grow later."""
         self._graphs.clear()
         self._buffers: Buffers | None = None  # freed before the larger ones are made
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
@@ -120,7 +117,7 @@ class EnginePath:
         rows, tokens = flatten(batch)
         assert self._buffers is not None
         if tokens > self._buffers.capacity:
-            self._resize(tokens)
+            self.reserve(tokens)
         if scale is not None:
             self._claim_gradients()
             self._scale.fill_(scale)

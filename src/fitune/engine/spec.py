@@ -111,6 +111,7 @@ def block_shape(model: nn.Module, spec: BlockSpec, lora: tuple[int, int, int, in
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         intermediate=config.intermediate_size,
+        qk_norm=bool(spec.q_norm),
         lora=lora,
     )
 

@@ -13,6 +13,15 @@ Level = Literal["none", "elementwise", "attention", "full"]
 LEVELS: tuple[Level, ...] = ("none", "elementwise", "attention", "full")
 
 
+def level_of(setting: bool | str) -> Level:
+    """`train.activation_checkpointing` as a level: false is `elementwise`, true is `full`."""
+    if setting is True:
+        return "full"
+    if setting is False:
+        return "elementwise"
+    return next(level for level in LEVELS if level == setting)
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """Sizes of one decoder block.
@@ -98,7 +107,11 @@ def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     if level != "attention":
         kept += [Saved("gate_up", shape.inner + up)]
     if level == "none":
-        kept += [Saved("y1", shape.hidden + qkv), Saved("y2", shape.hidden + up), Saved("act", shape.intermediate + down)]
+        kept += [
+            Saved("y1", shape.hidden + qkv),
+            Saved("y2", shape.hidden + up),
+            Saved("act", shape.intermediate + down),
+        ]
     return tuple(kept)
 
 
