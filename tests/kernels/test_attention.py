@@ -87,3 +87,39 @@ def test_a_dtype_without_kernel_is_refused():
     case = Case([4], 1, 1, 16, torch.float64)
     with pytest.raises(ConfigError, match="float64"):
         case.run()
+
+
+def run_triton(case, forward=None, dq=None, dkv=None):
+    """The Triton bodies with chosen tiles."""
+    from fitune.kernels.attention_triton import attention_triton, keys_backward_triton, queries_backward_triton
+
+    def backward(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, delta_hT):
+        queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, delta_hT, dq)
+        keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, delta_hT, dkv)
+
+    return case.run(lambda *inputs: attention_triton(*inputs, forward), backward)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "dtype", "alibi"),
+    [
+        (4, 2, 16, torch.float32, False),
+        (4, 2, 24, torch.float32, True),
+        (2, 1, 32, torch.float16, False),
+        (2, 2, 32, torch.float16, True),
+    ],
+)
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32)])
+@pytest.mark.parametrize("lengths", [LENGTHS, [70], [16, 16, 1, 33]])
+def test_the_kernels_are_the_reference(lengths, blocks, heads, kv_heads, width, dtype, alibi, tma):
+    """In fp32 and fp16: the interpreter multiplies the bits of bf16 as if they were integers."""
+    pytest.importorskip("triton")
+    from fitune.kernels.attention_triton import Tile
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = Case(lengths, heads, kv_heads, width, dtype, alibi, device)
+    tile = Tile(*blocks, 4, 2, tma)
+    got = run_triton(case, tile, tile, tile)
+    assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
+    assert case.drows_Tn[:, -8:].isnan().all()
