@@ -1,10 +1,11 @@
 """The one decoder block: an explicit forward and backward pass over declared buffers.
 
-There is no autograd here. `forward` leaves in the block's buffers what plan/saves.py declares; `backward` recomputes what
-the level did not keep, adds the adapters' gradients and turns the gradient of the block's output into that of its input.
+There is no autograd here. `forward` leaves in the block's buffers what plan/saves.py declares; `backward` recomputes
+what the level did not keep, adds the adapters' gradients and turns the gradient of the block's output into that of its
+input.
 
-Names of buffers (T tokens): x block input, y1 and y2 norm outputs, qkv, a attention output, mid residual after attention,
-gate_up, act, branch the last projection's output, d gradient of the residual stream.
+Names of buffers (T tokens): x block input, y1 and y2 norm outputs, qkv, a attention output, mid residual after
+attention, gate_up, act, branch the last projection's output, d gradient of the residual stream.
 """
 
 from __future__ import annotations

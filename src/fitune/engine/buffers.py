@@ -1,7 +1,7 @@
 """Every activation of the engine lives in a buffer that is declared in plan/saves.py and allocated once.
 
-Kept tensors have one buffer per block, the others one that all blocks share. A buffer is made for the largest micro-step;
-smaller ones use a part of it.
+Kept tensors have one buffer per block, the others one that all blocks share. A buffer is made for the largest
+micro-step; smaller ones use a part of it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Projections that read the same input, and their LoRA adapters, as one matrix.
 
-For a group of projections with weights W (outs, ins), adapter columns R, LoRA A (R, ins) and B (outs, R), block-diagonal
-over the projections and holding the scale alpha / r:
+For a group of projections with weights W (outs, ins), adapter columns R, LoRA A (R, ins) and B (outs, R),
+block-diagonal over the projections and holding the scale alpha / r:
 
     matrix = [[W, B],      forward:        [x | x Aᵀ] · [W | B]ᵀ        one GEMM over ins + R
               [A, .]]      input gradient: [dy | dy B] · [W ; A]        one GEMM over outs + R
 
 so an adapter costs no second pass over any output. PEFT keeps the parameters (fp32); the matrix holds copies in the
-model's dtype, refreshed at the start of every micro-step. Frozen weights become views of the matrix and stay in place for
-the plain path; quantized ones are dequantized into one scratch matrix that all groups share.
+model's dtype, refreshed at the start of every micro-step. Frozen weights become views of the matrix and stay in place
+for the plain path; quantized ones are dequantized into one scratch matrix that all groups share.
 
 Shapes: T tokens, K = ins, N = outs, R adapter columns.
 """

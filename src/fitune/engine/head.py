@@ -1,7 +1,7 @@
-"""Final norm, output head and cross-entropy on supervised positions, in chunks, with the input gradient made on the way.
+"""Final norm, output head and cross-entropy on supervised positions, in chunks, with the input gradient made at once.
 
-Logits exist for one chunk of M rows in the model's dtype; the loss kernel turns them into their own gradient in place, so
-no probability and no fp32 copy is ever stored (the head is frozen: nothing else needs them).
+Logits exist for one chunk of M rows in the model's dtype; the loss kernel turns them into their own gradient in place,
+so no probability and no fp32 copy is ever stored (the head is frozen: nothing else needs them).
 """
 
 from __future__ import annotations

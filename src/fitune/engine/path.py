@@ -1,8 +1,8 @@
 """The fast path as the loop sees it: a batch goes in, a loss sum comes out, gradients are added.
 
 All rows of a batch stand one after another without padding. On a GPU a micro-step is three CUDA graphs over static
-buffers: blocks forward, one head chunk (replayed as often as there are chunks with supervised rows), blocks backward; they
-are captured once per static size. On CPU the same functions run directly.
+buffers: blocks forward, one head chunk (replayed as often as there are chunks with supervised rows), blocks backward;
+they are captured once per static size. On CPU the same functions run directly.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class EnginePath:
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
         kept = len(self.blocks) - self._lowest
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
+        self._documents = torch.zeros(2, capacity, dtype=torch.int32, device=self.device)
         padded = -(-capacity // self._head.rows) * self._head.rows
         self._inputs = torch.zeros(len(FIELDS), max(capacity, padded), dtype=torch.int64, device=self.device)
         self._staging = _Staging(self._inputs)
@@ -147,9 +148,8 @@ class EnginePath:
         self._staging.send(rows, tokens, size, self._head.rows)
 
     def _tokens(self, tokens: int) -> Tokens:
-        inputs = self._inputs
-        documents = Documents(inputs[2, :tokens], inputs[3, :tokens])
-        return Tokens(inputs[1, :tokens], documents, self._rotary)
+        documents = Documents(self._documents[0, :tokens], self._documents[1, :tokens])
+        return Tokens(self._inputs[1, :tokens], documents, self._rotary)
 
     def _views(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
         assert self._buffers is not None
@@ -161,6 +161,7 @@ class EnginePath:
 
     def _forward(self, tokens: int) -> None:
         """Token ids to the output of the last block, in `branch`."""
+        self._documents[:, :tokens].copy_(self._inputs[2:4, :tokens])
         where = self._tokens(tokens)
         residual = None
         for layer, block in enumerate(self.blocks):
@@ -271,8 +272,8 @@ def flatten(batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
     """The real tokens of a padded or packed batch one after another, on the host.
 
     Returns:
-        `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one past
-        its last; `index`, `targets` (N): positions whose next token is supervised, and that token. And T.
+        `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one
+        past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. And T.
     """
     ids, labels, positions = batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT
     if batch.attention_mask_BT is not None:

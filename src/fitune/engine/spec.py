@@ -117,7 +117,7 @@ def block_shape(model: nn.Module, spec: BlockSpec, lora: tuple[int, int, int, in
 
 
 def rotary_tables(model: nn.Module, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (positions, rotary_dim / 2) of the model's own rotary embedding, rounded to `dtype` as its forward does."""
+    """cos, sin (positions, rotary_dim / 2) of the model's own rotary embedding, rounded to `dtype` as it does."""
     rotary = base_of(model).model.rotary_emb
     device = rotary.inv_freq.device
     index_1P = torch.arange(positions, device=device)[None]

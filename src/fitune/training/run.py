@@ -29,10 +29,10 @@ from fitune.methods.base import trainable
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
 from fitune.training import checkpoint, loop, samples
+from fitune.training.choose import choose_path
 from fitune.training.limits import memory_errors, process_state, set_up_device
 from fitune.training.metrics import memory_bytes, versions
 from fitune.training.optim import LossScale, MasterOptimizer
-from fitune.training.choose import choose_path
 from fitune.training.progress import Progress
 from fitune.training.report import write_report
 from fitune.training.run_folder import RunFolder
