@@ -29,6 +29,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "llama3": lambda: transformers.LlamaConfig(
@@ -97,7 +98,7 @@ def difference(a, b):
 
 
 def compare(model, engine, batch, bound):
-    plain_loss, plain = run(PlainPath(model, torch.device("cpu")), model, batch)
+    plain_loss, plain = run(PlainPath(model, engine.device), model, batch)
     loss, fast = run(engine, model, batch)
     assert loss == pytest.approx(plain_loss, rel=bound)
     for name in plain:
@@ -116,6 +117,24 @@ def test_equal_to_the_plain_path(kind, targets, level):
     rows = make_rows([17, 5, 30, 2])
     compare(model, engine, pack(rows), 1e-5)
     compare(model, engine, pad(rows, 0), 1e-5)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_to_the_plain_path_on_a_gpu(kind, level):
+    """Graphs of several sizes, replayed in turn; fp32 with exact products."""
+    model, model_type = make(kind)
+    model.cuda()
+    engine = EnginePath(model, model_type, level, 512, 128)
+    small, large = make_rows([17, 5, 30, 2]), make_rows([100, 60, 120, 33, 90, 2, 7])
+    for rows in (small, large, small, large):
+        compare(model, engine, pack(rows), 1e-5)
+    compare(model, engine, pad(small, 0), 1e-5)
+    assert engine.loss(pack(large)).item() == pytest.approx(
+        PlainPath(model, engine.device).loss(pack(large)).item(), rel=1e-6
+    )
 
 
 def test_weights_that_became_views_serve_the_plain_path():

@@ -91,9 +91,8 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
     gradient_off = ((fast_gradient - gradient).norm() / gradient.norm()).item()
     if not max(off, gradient_off) <= TOLERANCE[engine.dtype]:
         raise FituneError(
-            f"the fast path disagrees with the plain path on this machine: loss {fast_loss:.6g} and {loss:.6g}, adapter "
-            f"gradients differ by {gradient_off:.2%}; nothing was trained. Use train.path=plain, and please report this"
+            f"the fast path disagrees with the plain path on this machine: loss {fast_loss:.6g} and {loss:.6g}, "
+            f"adapter gradients differ by {gradient_off:.2%}; nothing was trained. Use train.path=plain, and please "
+            "report this"
         )
-    return (
-        f"checked against the plain path on {count} tokens: loss differs by {off:.1e}, gradients by {gradient_off:.1e}"
-    )
+    return f"equals the plain path on {count} tokens to {off:.0e} (loss) and {gradient_off:.0e} (gradients)"
