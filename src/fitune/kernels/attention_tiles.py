@@ -59,7 +59,9 @@ def _key_blocks(start, m0, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(q, k, v, accumulator, total, highest, scale2, bias_N, keep, MASKED: tl.constexpr, ALIBI: tl.constexpr):
+def _softmax_step(
+    q, k, v, accumulator, total, highest, scale2, bias_N, keep, MASKED: tl.constexpr, ALIBI: tl.constexpr
+):
     """Add one block of keys to the running sums of the rows."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if ALIBI:
@@ -87,7 +89,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of M rows of one head."""
     head = tl.program_id(0)
-    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # late rows see most keys: first, so that no tail remains
+    m0 = (
+        tl.num_programs(1) - 1 - tl.program_id(1)
+    ) * BLOCK_M  # late rows see most keys: first, so that no tail remains
     row_M = m0 + tl.arange(0, BLOCK_M)
     column_N = tl.arange(0, BLOCK_N)
     start_M = tl.load(start + row_M, row_M < T, other=T)
@@ -176,9 +180,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _dkv_step(
-    q, k, v, dout, dk, dv, lse2_M, delta_M, scale2, bias_N, keep, MASKED: tl.constexpr, ALIBI: tl.constexpr
-):
+def _dkv_step(q, k, v, dout, dk, dv, lse2_M, delta_M, scale2, bias_N, keep, MASKED: tl.constexpr, ALIBI: tl.constexpr):
     """Scores stand transposed, (N, M): both products that sum over queries then take them from registers."""
     scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse2_M[None, :]
     if ALIBI:
