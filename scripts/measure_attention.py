@@ -12,9 +12,12 @@ import argparse
 import multiprocessing
 import random
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
 from fitune.kernels.attention_triton import (
@@ -130,20 +133,23 @@ def check(step: str, shape: Shape, tile: Tile) -> str:
     return f"wrong: {wrong}" if wrong else ""
 
 
-def milliseconds(run, repeats: int = 20) -> float:
-    """GPU time of one call: the fastest of five replays of a graph of `repeats` calls."""
+def milliseconds(run) -> float:
+    """GPU time of one call: the fastest of four replays of a graph of as many calls as take about 10 ms."""
     stream = torch.cuda.Stream()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
+        run()
+        begin.record()
+        run()
+        end.record()
     torch.cuda.synchronize()
+    repeats = max(2, min(20, int(10 / begin.elapsed_time(end))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             run()
     times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(4):
         begin.record()
         graph.replay()
         end.record()
@@ -179,17 +185,16 @@ def baselines(shape: Shape) -> dict[str, tuple[float, float]]:
     if len(set(shape.lengths)) == 1 and not shape.alibi:
         dense = [x.unflatten(0, (-1, longest)).transpose(1, 2) for x in (q, k, v, problem.dout)]
 
+        dense, grad = [x.requires_grad_() for x in dense[:3]], dense[3]
+
         def cudnn():
-            return aten._scaled_dot_product_cudnn_attention(*dense[:3], None, True, 0.0, True, False, scale=scale)
-
-        out_, lse_, cum_q, cum_k, max_q, max_k, seed_, offset_, _ = cudnn()
-
-        def cudnn_backward():
-            saved = out_, lse_, seed_, offset_, None, cum_q, cum_k, max_q, max_k, 0.0, True
-            aten._scaled_dot_product_cudnn_attention_backward(dense[3], *dense[:3], *saved, scale=scale)
+            return scaled_dot_product_attention(*dense, is_causal=True, scale=scale, enable_gqa=True)
 
         try:
-            times["cuDNN dense"] = milliseconds(cudnn), milliseconds(cudnn_backward)
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                forward = milliseconds(cudnn)
+                both = milliseconds(lambda: torch.autograd.grad(cudnn(), dense, grad))
+            times["cuDNN dense"] = forward, both - forward
         except RuntimeError as error:
             print(f"cuDNN: {str(error)[:90]}")
     return times
@@ -262,7 +267,7 @@ def report(name: str, shape: Shape, steps: list[str], good: dict[tuple[str, int,
     print("same bits again:", all(torch.equal(x, y) for x, y in zip(first, again, strict=True)))
     for step in steps:
         tiles = good.get((step, shape.width, shape.alibi), [])
-        times = sorted((milliseconds(lambda tile=tile: problem.run(step, tile)), tile) for tile in tiles)
+        times = sorted((milliseconds(partial(problem.run, step, tile)), tile) for tile in tiles)
         products = {"forward": 2, "dq": 3, "dkv": 4}[step]
         for time, tile in times[:top]:
             print(f"  {step:8} {time:.4f} ms {flop(shape, products) / time / 1e9:4.0f} TFLOP/s  {short(tile)}")
