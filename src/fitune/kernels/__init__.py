@@ -1,1 +1,1 @@
-"""The elementwise kernels of the engine: functions over the caller's buffers, plain PyTorch and Triton."""
+"""Functions over caller-given buffers: a plain PyTorch body each, and a Triton body for CUDA."""
