@@ -7,7 +7,7 @@ import pytest
 from fitune.config import build
 from fitune.data.batches import StepPlan, micro_batches
 from fitune.data.rows import Row
-from fitune.plan.lengths import Lengths, bucket, micro_step
+from fitune.plan.lengths import Lengths, micro_step
 
 
 def config(data=None, **train):
@@ -69,11 +69,7 @@ def test_unknown_lengths_are_planned_at_their_limit():
     assert (padded.real, padded.padded) == (192, 192)
     assert padded.how == "lengths unknown: planned at max_length, 3 x 64 tokens (no data)"
     assert micro_step(config(micro_batch_rows=3, global_batch_rows=2), "x").real == 128
+    assert micro_step(config({"eval": 0.1}, micro_batch_rows=3, global_batch_rows=2), "x").real == 192
     packed = micro_step(config({"packing": True}), "no data")
     assert packed.real == 128
     assert "planned at train.micro_batch_tokens, 128 tokens (no data)" in packed.how
-
-
-@pytest.mark.parametrize(("tokens", "size"), [(1, 256), (256, 256), (257, 512), (2048, 2048)])
-def test_buckets(tokens, size):
-    assert bucket(tokens) == size

@@ -110,7 +110,7 @@ def test_the_other_formulas_are_pefts(name):
     targets = ["query_key_value", ff] if name == "bloom" else ["k_proj", "v_proj", ff]
     settings = peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[ff])
     assert peft_count(config, settings) == ia3(arch, targets, [ff])
-    assert ia3(arch, targets, []) == sum(linear.outs * n for linear, n in adapted(arch, targets))
+    assert ia3(arch, targets, []) == sum(linear.outs * len(n) for linear, n in adapted(arch, targets))
     common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
     assert peft_count(config, peft.PromptTuningConfig(**common)) == prompt_tuning(arch, 5)
     settings = peft.PromptEncoderConfig(**common, encoder_hidden_size=24)

@@ -69,6 +69,7 @@ class ArchSpec:
         qk_norm: queries and keys are normalised per head.
         rotary: rotated width of a head; 0 without rotary positions.
         positions: longest sequence the model knows, if it says so.
+        plain: what in config.json keeps the model off the engine (docs/engine.md); None: nothing does.
         targets: what `method.target_modules=attention` stands for.
         linears: the linear layers of a block, in module order.
         block: path of a block, `{}` for its number.
@@ -90,6 +91,7 @@ class ArchSpec:
     qk_norm: bool
     rotary: int
     positions: int | None
+    plain: str | None
     targets: tuple[str, ...]
     linears: tuple[Linear, ...]
     block: str
@@ -102,9 +104,8 @@ class ArchSpec:
 
     def block_shape(self, lora: tuple[int, int, int, int] = (0, 0, 0, 0)) -> BlockShape:
         """What `saves.block_saves` wants to know of a block."""
-        return BlockShape(
-            self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate, gated=self.gated, lora=lora
-        )
+        sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
+        return BlockShape(*sizes, gated=self.gated, qk_norm=self.qk_norm, lora=lora)
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,7 @@ def _split(config: Config, family: str) -> ArchSpec:
     )
     layers, vocab = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
     tied = _flag(config, ("tie_word_embeddings", False))
-    rope = config.get("rope_parameters")
-    share = config.get("partial_rotary_factor", rope.get("partial_rotary_factor") if isinstance(rope, dict) else None)
+    share = config.get("partial_rotary_factor", _rope(config).get("partial_rotary_factor"))
     share = share if isinstance(share, int | float) and 0 < share <= 1 else row.rotary_share
     norms = ["input_layernorm", "post_attention_layernorm"]
     heads_normed = ["self_attn.q_norm", "self_attn.k_norm"] if row.qk_norm else []
@@ -200,6 +200,7 @@ def _split(config: Config, family: str) -> ArchSpec:
         qk_norm=row.qk_norm,
         rotary=int(head_dim * share),
         positions=_positions(config),
+        plain=_plain(config, family),
         targets=("q_proj", "v_proj"),
         linears=linears,
         block=block,
@@ -300,6 +301,7 @@ def _fused(config: Config, sizes: tuple[int, int, int], inner: int, attention: s
         qk_norm=False,
         rotary=0 if is_bloom else hidden // heads,
         positions=_positions(config),
+        plain=f"no block description for {config['model_type']!r} models",
         targets=("query_key_value",),
         linears=linears,
         block=block,
@@ -340,6 +342,31 @@ def _flag(config: Config, flag: Flag) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"config.json: `{flag[0]}` is {_shown(value)}; true or false is needed")
     return value
+
+
+def _rope(config: Config) -> Config:
+    found = config.get("rope_parameters") or config.get("rope_scaling")
+    return found if isinstance(found, dict) else {}
+
+
+# Angles of the other kinds depend on the length of the row.
+_ROPE = ("default", "linear", "llama3")
+
+
+def _plain(config: Config, family: str) -> str | None:
+    """The engine's own refusals (engine/spec.py), from config.json with transformers' defaults."""
+    rope = _rope(config).get("rope_type", _rope(config).get("type", "default"))
+    # Mistral alone has sliding windows unless it says otherwise; Qwen has the switch.
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    if family.startswith("qwen") and not config.get("use_sliding_window", False):
+        window = None
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        return f"hidden_act {config['hidden_act']!r}"
+    if rope not in _ROPE:
+        return f"rope_type {rope!r}"
+    if config.get("attention_dropout"):
+        return "attention_dropout"
+    return "sliding-window attention" if window else None
 
 
 def _positions(config: Config) -> int | None:

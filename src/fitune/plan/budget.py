@@ -10,6 +10,7 @@ from fitune.config import RunConfig
 from fitune.errors import PlanError
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import MemoryPlan, plan_memory
+from fitune.plan.saves import LEVELS, level_of
 
 GB = 1e9
 
@@ -82,8 +83,8 @@ def _levers(config: RunConfig) -> Iterator[list[tuple[str, object]]]:
         now = max(now // 2, smallest)
         smaller.append((f"train.{key}", now))
     yield smaller
-    if config.train.activation_checkpointing not in (True, "full"):
-        yield [("train.activation_checkpointing", value) for value in ("attention", True)]
+    stronger = LEVELS[LEVELS.index(level_of(config.train.activation_checkpointing)) + 1 :]
+    yield [("train.activation_checkpointing", value) for value in stronger]
     if config.model.quantization == "none":
         yield [("model.quantization", value) for value in ("int8", "nf4")]
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 2**20
-NUM_WORKSPACES = 2  # cuBLAS keeps one per handle and stream: the run's stream, and the one graphs are captured on
+# cuBLAS keeps one workspace per handle and stream. Plain path: the run's stream, from the thread that runs forwards and
+# from autograd's (both seen in measurements). The engine besides: the stream it warms up on and the one it captures on.
+NUM_WORKSPACES = {"plain": 2, "engine": 4}
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Hardware:
     context_bytes: int
     workspace_bytes: int
     measured: bool
+
+    @property
+    def on_cpu(self) -> bool:
+        """No GPU: buffers are made to the token, and nothing is captured."""
+        return not self.context_bytes
 
 
 CPU = Hardware("CPU", 0, 0, measured=True)

@@ -1,6 +1,6 @@
 """How many tokens the largest micro-step has, from the lengths of the rows or, without them, from the limits.
 
-The rooms that read data stand above this one, so lengths are handed in: `tokens_of(config, Lengths(train, eval))`.
+The rooms that read data stand above this one, so lengths are handed in: `micro_step(config, Lengths(train, eval))`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fitune.config import RunConfig
-
-BUCKET = 256
 
 
 @dataclass(frozen=True)
@@ -28,22 +26,14 @@ class MicroStep:
     Attributes:
         real: tokens of its rows, no padding.
         padded: positions it has when every row is padded to the longest.
+        first: tokens of the first training row, which the engine's self-check runs.
         how: where the numbers come from, in words.
     """
 
     real: int
     padded: int
+    first: int
     how: str
-
-    @property
-    def tokens(self) -> int:
-        """Tokens the engine's buffers hold."""
-        return bucket(self.real)
-
-
-def bucket(tokens: int) -> int:
-    """Round up to one of the sizes that buffers are made for."""
-    return -(-tokens // BUCKET) * BUCKET
 
 
 def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
@@ -57,22 +47,23 @@ def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
         capacity = train.micro_batch_tokens or 2 * data.max_length
         if isinstance(lengths, str):
             how = f"lengths unknown: planned at train.micro_batch_tokens, {capacity:,} tokens ({lengths})"
-            return MicroStep(capacity, capacity, how)
+            return MicroStep(capacity, capacity, data.max_length, how)
         most = max(min(capacity, total) for total in (_step_tokens(config, lengths.train), sum(lengths.eval)))
-        return MicroStep(most, most, f"at most {most:,} packed tokens")
+        return MicroStep(most, most, lengths.train[0], f"at most {most:,} packed tokens")
     rows = train.micro_batch_rows or 4
     if isinstance(lengths, str):
-        rows = min(rows, train.global_batch_rows or rows)
+        if data.eval is None:  # evaluation knows no global batch
+            rows = min(rows, train.global_batch_rows or rows)
         most = rows * data.max_length
         how = f"lengths unknown: planned at max_length, {rows:,} x {data.max_length:,} tokens ({lengths})"
-        return MicroStep(most, most, how)
+        return MicroStep(most, most, data.max_length, how)
     found = []
     for group, limit in ((lengths.train, _step_tokens(config, lengths.train)), (lengths.eval, sum(lengths.eval))):
         count = min(rows, train.global_batch_rows or rows) if group is lengths.train else rows
         longest = _longest(group, count)
         found.append((min(sum(longest), limit), len(longest) * max(longest, default=0)))
     real, padded = max(real for real, _ in found), max(padded for _, padded in found)
-    return MicroStep(real, padded, f"the {rows:,} longest rows have {real:,} tokens")
+    return MicroStep(real, padded, lengths.train[0], f"at most {real:,} tokens in {rows:,} rows")
 
 
 def _longest(lengths: Sequence[int], count: int) -> list[int]:

@@ -52,8 +52,8 @@ def trainable(arch: ArchSpec, method: MethodConfig) -> tuple[Tensors, ...]:
     """The tensors a method trains; raises like `count`."""
     if isinstance(method, LoraConfig):
         return tuple(
-            Tensors(elements, copies)
-            for linear, copies in adapted(arch, method.target_modules)
+            Tensors(elements, len(blocks))
+            for linear, blocks in adapted(arch, method.target_modules)
             for elements in (method.r * linear.ins, method.r * linear.outs)
         )
     wanted = [p for p in arch.parameters if p.name.endswith("bias") or not isinstance(method, BitfitConfig)]
@@ -64,8 +64,8 @@ def trainable(arch: ArchSpec, method: MethodConfig) -> tuple[Tensors, ...]:
     return tuple(Tensors(parameter.elements, parameter.copies) for parameter in wanted)
 
 
-def adapted(arch: ArchSpec, wanted: str | Sequence[str]) -> tuple[tuple[Linear, int], ...]:
-    """Linear layers that `method.target_modules` names, and in how many blocks.
+def adapted(arch: ArchSpec, wanted: str | Sequence[str]) -> tuple[tuple[Linear, frozenset[int]], ...]:
+    """Linear layers that `method.target_modules` names, and in which blocks.
 
     Args:
         wanted: `attention`, `linear`, or names; a name is the end of a module's path, whole components (PEFT's rule).
@@ -74,7 +74,7 @@ def adapted(arch: ArchSpec, wanted: str | Sequence[str]) -> tuple[tuple[Linear, 
         ConfigError: a name matches no linear layer.
     """
     if wanted == "linear":
-        return tuple((linear, arch.layers) for linear in arch.linears)
+        return tuple((linear, frozenset(range(arch.layers))) for linear in arch.linears)
     names = arch.targets if wanted == "attention" else tuple(wanted)
     hits = {name: [(linear, _blocks(arch, linear, name)) for linear in arch.linears] for name in names}
     missing = [name for name, found in hits.items() if not any(blocks for _, blocks in found)]
@@ -83,23 +83,26 @@ def adapted(arch: ArchSpec, wanted: str | Sequence[str]) -> tuple[tuple[Linear, 
             f"method.target_modules: {', '.join(missing):.200} is no linear layer of this model; allowed: attention, "
             f"linear, {', '.join(sorted(linear.name for linear in arch.linears))}"
         )
-    chosen = [(linear, set().union(*(found[i][1] for found in hits.values()))) for i, linear in enumerate(arch.linears)]
-    return tuple((linear, len(blocks)) for linear, blocks in chosen if blocks)
+    chosen = [
+        (linear, frozenset().union(*(found[i][1] for found in hits.values()))) for i, linear in enumerate(arch.linears)
+    ]
+    return tuple((linear, blocks) for linear, blocks in chosen if blocks)
 
 
-def _blocks(arch: ArchSpec, linear: Linear, name: str) -> set[int]:
+def _blocks(arch: ArchSpec, linear: Linear, name: str) -> frozenset[int]:
     if f".{linear.path}".endswith(f".{name}"):
-        return set(range(arch.layers))
+        return frozenset(range(arch.layers))
     paths = (f".{arch.block.format(number)}.{linear.path}" for number in range(arch.layers))
-    return {number for number, path in enumerate(paths) if path.endswith(f".{name}")}
+    return frozenset(number for number, path in enumerate(paths) if path.endswith(f".{name}"))
 
 
 def ia3(arch: ArchSpec, targets: Sequence[str], feedforward: Sequence[str]) -> int:
     """IA3 (arXiv:2205.05638): one factor per output of a target, per input of those that are also `feedforward`."""
     inputs = {linear.name for linear, _ in adapted(arch, feedforward)} if feedforward else set()
-    return sum(
-        (linear.ins if linear.name in inputs else linear.outs) * blocks for linear, blocks in adapted(arch, targets)
+    widths = (
+        (linear.ins if linear.name in inputs else linear.outs, blocks) for linear, blocks in adapted(arch, targets)
     )
+    return sum(width * len(blocks) for width, blocks in widths)
 
 
 def prompt_tuning(arch: ArchSpec, virtual_tokens: int) -> int:

@@ -56,10 +56,10 @@ def plan_json(plan: MemoryPlan, config: RunConfig) -> str:
     """The plan as one JSON object; all sizes in bytes."""
     job = plan.job
     tree = _params(job.arch, config) | {
-        "step": {"real_tokens": job.step.real, "planned_tokens": job.tokens, "how": job.step.how},
+        "step": {"real_tokens": job.step.real, "planned_tokens": job.capacity, "how": job.step.how},
         "dtype_bytes": job.dtype_bytes,
         "level": job.level,
-        "lora_columns": list(job.lora),
+        "lora_columns": list(job.shape.lora),
         "parts": [
             {"name": part.name, "bytes": part.bytes, "phases": list(part.phases), "formula": part.formula}
             for part in plan.parts
@@ -122,8 +122,8 @@ def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
     job = plan.job
     if plan.plain_reason:
         yield (
-            f"{plan.plain_reason}: this run takes the plain path, which keeps more activations than are counted here; "
-            "weights, gradients and optimizer states are exact"
+            f"plain path ({plan.plain_reason}): it keeps more activations than are counted here; weights, gradients "
+            "and optimizer states are exact"
         )
     if config.model.dtype is None:
         assumed = "fp32 on CPU" if config.train.device == "cpu" else "bf16, as on a GPU that has it"

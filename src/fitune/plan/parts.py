@@ -1,0 +1,342 @@
+"""Every part of a run's memory as one function of a `Job`; what the engine's buffers hold is declared in saves.py.
+
+A term of the sum is added or corrected here, in `TERMS`. Sizes are bytes, exact where the engine allocates by the
+declaration; the self-check's activations are those of transformers and PEFT and an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from fitune.config import LoraConfig, MethodConfig
+from fitune.plan.arch import ArchSpec
+from fitune.plan.hardware import MIB, NUM_WORKSPACES, Hardware
+from fitune.plan.lengths import MicroStep
+from fitune.plan.params import Tensors, adapted, trainable
+from fitune.plan.saves import (
+    GROUPS,
+    BlockShape,
+    Level,
+    block_saves,
+    bucket,
+    head_bytes,
+    head_rows,
+    saved_bytes,
+    shared_buffers,
+    shared_bytes,
+)
+
+Phase = Literal["loading", "self-check", "forward", "head", "backward", "optimizer step"]
+Columns = tuple[int, int, int, int]
+STEP: tuple[Phase, ...] = ("forward", "head", "backward", "optimizer step")
+READY: tuple[Phase, ...] = ("self-check", *STEP)
+PHASES: tuple[Phase, ...] = ("loading", *READY)
+
+COLUMN_MULTIPLE = 16  # adapter columns of a group: keeps rows aligned to 16 bytes
+CHECK_TOKENS = 256
+INPUT_ROWS = 6  # int64 rows of the engine's inputs
+QUANT_BLOCK, QUANT_NESTED = 64, 256  # elements per absmax, and absmax per second-level absmax, of nf4 and fp4
+QUANT_TABLES = 4 * 16 + 4 * 256 + 4  # two code books and an offset
+ADAM8_BLOCK, ADAM8_FROM = 256, 4096  # bitsandbytes keeps smaller tensors' states in fp32
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one thing, the formula they come from, and when they are taken."""
+
+    name: str
+    bytes: int
+    formula: str
+    phases: tuple[Phase, ...] = PHASES
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a run decides its bytes.
+
+    Attributes:
+        dtype_bytes: of the base weights and of activations.
+        quantization: none, int8, fp8, nf4 or fp4.
+        level: what a block keeps (`saves.LEVELS`).
+        step: the largest micro-step.
+        max_length: longest row [tokens].
+        master_bytes: of an element of train.optimizer_dtype.
+        engine: False on the plain path.
+    """
+
+    arch: ArchSpec
+    method: MethodConfig
+    dtype_bytes: int
+    quantization: str
+    level: Level
+    step: MicroStep
+    max_length: int
+    optimizer: str
+    master_bytes: int
+    hardware: Hardware
+    engine: bool = True
+
+    @property
+    def columns(self) -> tuple[Columns, ...]:
+        """Adapter columns of each block's groups; none on the plain path, where adapters stand apart."""
+        if not self.engine:
+            return ((0, 0, 0, 0),) * self.arch.layers
+        return block_columns(self.arch, self.method)
+
+    @property
+    def shape(self) -> BlockShape:
+        """A block with as many adapter columns as any has: buffers are the same for all."""
+        qkv, o, up, down = (max(found) for found in zip(*self.columns, strict=True))
+        return self.arch.block_shape((qkv, o, up, down))
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that keep activations: those from the lowest trained one up."""
+        lowest = next((i for i, columns in enumerate(self.columns) if any(columns)), 0)
+        return self.arch.layers - lowest
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers of a micro-step are made for; on the plain path with padding."""
+        if not self.engine:
+            return self.step.padded
+        return self.step.real if self.hardware.on_cpu else bucket(self.step.real, self.step.real)
+
+    @property
+    def trained(self) -> tuple[Tensors, ...]:
+        """Trainable tensors."""
+        return trainable(self.arch, self.method)
+
+    @property
+    def num_trained(self) -> int:
+        """Trainable parameters."""
+        return sum(tensors.elements * tensors.copies for tensors in self.trained)
+
+    @property
+    def is_lora(self) -> bool:
+        """Trains fp32 parameters beside the base."""
+        return isinstance(self.method, LoraConfig)
+
+
+def block_columns(arch: ArchSpec, method: MethodConfig) -> tuple[Columns, ...]:
+    """Adapter columns R of the groups of each block: ranks of its adapted layers, their sum rounded up to 16."""
+    if not isinstance(method, LoraConfig):
+        return ((0, 0, 0, 0),) * arch.layers
+    found = adapted(arch, method.target_modules)
+    rows: list[Columns] = []
+    for number in range(arch.layers):
+        ranks = dict.fromkeys(GROUPS, 0)
+        for linear, blocks in found:
+            ranks[linear.group] += method.r if number in blocks else 0
+        qkv, o, up, down = (-(-ranks[group] // COLUMN_MULTIPLE) * COLUMN_MULTIPLE for group in GROUPS)
+        rows.append((qkv, o, up, down))
+    return tuple(rows)
+
+
+def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
+    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
+    elements = outs * ins
+    if quantization in ("int8", "fp8"):
+        return elements + 4 * outs
+    blocks = -(-elements // QUANT_BLOCK)
+    return -(-elements // 2) + blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES
+
+
+def _outer_weights(job: Job) -> Part:
+    inside = sum(linear.outs * linear.ins for linear in job.arch.linears) * job.arch.layers
+    rest = job.arch.total - inside
+    return Part("embedding, norms, head", rest * job.dtype_bytes, f"{rest:,} parameters x {job.dtype_bytes} B")
+
+
+def _block_weights(job: Job) -> Part:
+    """Frozen weights, with the model's dtype copies of the adapters in them or, if quantized, beside them."""
+    name, layers, size = "block weights", job.arch.layers, job.dtype_bytes
+    shapes = [job.arch.block_shape(columns).groups.values() for columns in job.columns]
+    if job.quantization == "none":
+        total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
+        return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
+    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
+    copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
+    formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
+    return Part(name, layers * one + copies, formula)
+
+
+def _biases(job: Job) -> Part:
+    groups = {linear.group for linear in job.arch.linears if linear.bias}
+    width = sum(linear.outs for linear in job.arch.linears if linear.group in groups) if job.engine else 0
+    formula = f"{job.arch.layers} blocks x {width:,} x {job.dtype_bytes} B"
+    return Part("biases of whole groups", job.arch.layers * width * job.dtype_bytes, formula)
+
+
+def _adapters(job: Job) -> Part:
+    count = job.num_trained if job.is_lora else 0
+    return Part("adapters", 4 * count, f"{count:,} parameters x 4 B")
+
+
+def _masters(job: Job) -> Part:
+    stored = 4 if job.is_lora else job.dtype_bytes
+    needed = job.num_trained if stored != job.master_bytes else 0
+    return Part("master weights", needed * job.master_bytes, f"{needed:,} parameters x {job.master_bytes} B", STEP)
+
+
+def _gradients(job: Job) -> Part:
+    one = 4 if job.is_lora else job.master_bytes
+    return Part("gradients", one * job.num_trained, f"{job.num_trained:,} trained parameters x {one} B", READY)
+
+
+def _master_gradients(job: Job) -> Part:
+    """The engine adds to fp32 gradients; they are handed to masters of another dtype before the step."""
+    needed = job.num_trained if job.is_lora and job.master_bytes != 4 else 0
+    formula = f"{needed:,} parameters x {job.master_bytes} B"
+    return Part("gradients of masters", needed * job.master_bytes, formula, ("optimizer step",))
+
+
+def _captured_gradients(job: Job) -> Part:
+    """Graphs are captured with real data in the buffers; gradients of earlier micro-steps are set aside meanwhile."""
+    needed = job.num_trained if job.engine and not job.hardware.on_cpu else 0
+    return Part(
+        "gradients set aside", 4 * needed, f"{needed:,} parameters x 4 B, while graphs are captured", ("forward",)
+    )
+
+
+def _optimizer(job: Job) -> Part:
+    if job.optimizer == "adamw":
+        one = 2 * job.master_bytes
+        formula = f"{job.num_trained:,} trained parameters x {one} B"
+        return Part("optimizer states", one * job.num_trained, formula, STEP)
+    total = sum(_adam8_bytes(tensors.elements) * tensors.copies for tensors in job.trained)
+    return Part("optimizer states", total, f"2 B + 8 B per {ADAM8_BLOCK}; 8 B below {ADAM8_FROM:,} elements", STEP)
+
+
+def _adam8_bytes(elements: int) -> int:
+    return 8 * elements if elements < ADAM8_FROM else 2 * elements + 8 * -(-elements // ADAM8_BLOCK)
+
+
+def _scratch(job: Job) -> Part:
+    largest = max((outs + r) * (ins + r) for outs, ins, r in job.shape.groups.values())
+    needed = largest if job.quantization != "none" else 0
+    formula = f"largest group (outs + R) (ins + R) x {job.dtype_bytes} B"
+    return Part("dequantization scratch", needed * job.dtype_bytes, formula, READY)
+
+
+def _saved(job: Job) -> Part:
+    size = saved_bytes(job.shape, job.level, job.capacity, job.kept_blocks, job.dtype_bytes)
+    row = sum(saved.bytes_per_token(job.dtype_bytes) for saved in block_saves(job.shape, job.level))
+    formula = f"{job.kept_blocks} blocks x {job.capacity:,} tokens x {row:,} B at level {job.level}"
+    return Part("saved activations", size, formula, STEP)
+
+
+def _working_set(job: Job) -> Part:
+    if not job.engine:
+        return Part("working set", 0, "")
+    row = sum(saved.bytes_per_token(job.dtype_bytes) for saved in shared_buffers(job.shape, job.level))
+    size = shared_bytes(job.shape, job.level, job.capacity, job.dtype_bytes)
+    return Part("working set", size, f"{job.capacity:,} tokens x {row:,} B, shared by all blocks", STEP)
+
+
+def _head(job: Job) -> Part:
+    vocab, size = job.arch.vocab, job.dtype_bytes
+    if not job.engine:
+        formula = f"{job.capacity:,} positions x {vocab:,} x {size} B, at least"
+        return Part("logits", job.capacity * vocab * size, formula, ("head", "backward"))
+    rows = head_rows(vocab, size)
+    formula = f"{rows:,} rows x ({vocab:,} logits + 3 x {job.arch.hidden:,}) x {size} B"
+    return Part("head chunk", head_bytes(job.arch.hidden, vocab, size), formula, READY)
+
+
+def _rotary_tables(job: Job) -> Part:
+    width = job.arch.rotary // 2 if job.engine else 0
+    formula = f"2 x {job.max_length:,} positions x {width} x {job.dtype_bytes} B"
+    return Part("rotary tables", 2 * job.max_length * width * job.dtype_bytes, formula, READY)
+
+
+def _rows(job: Job) -> Part:
+    """Integers of a micro-step; those of the head are padded to whole chunks."""
+    if not job.engine:
+        return Part("ids, labels, positions", 32 * job.capacity, f"{job.capacity:,} tokens x 32 B", STEP)
+    chunk = head_rows(job.arch.vocab, job.dtype_bytes)
+    padded = -(-job.capacity // chunk) * chunk
+    formula = f"{padded:,} x {INPUT_ROWS} x 8 B, {job.capacity:,} x 2 x 4 B"
+    return Part("ids, labels, positions", 8 * INPUT_ROWS * padded + 8 * job.capacity, formula, STEP)
+
+
+def _workspaces(job: Job) -> Part:
+    one, count = job.hardware.workspace_bytes, NUM_WORKSPACES["engine" if job.engine else "plain"]
+    return Part("cuBLAS workspaces", count * one, f"{count} x {one / MIB:g} MiB on {job.hardware.name}", READY)
+
+
+def _loading_copy(job: Job) -> Part:
+    """A group is put together, or quantized, from the weights as they were read."""
+    counts = {group: sum(linear.group == group for linear in job.arch.linears) for group in GROUPS}
+    sizes = [
+        (outs + r) * (ins + r)
+        for group, (outs, ins, r) in job.shape.groups.items()
+        if job.quantization != "none" or (job.engine and (r or counts[group] > 1))
+    ]
+    formula = f"largest group (outs + R) (ins + R) x {job.dtype_bytes} B"
+    return Part("group being put together", max(sizes, default=0) * job.dtype_bytes, formula, ("loading",))
+
+
+def _check_buffers(job: Job) -> Part:
+    if not job.engine:
+        return Part("self-check: engine", 0, "")
+    size = saved_bytes(job.shape, job.level, CHECK_TOKENS, job.kept_blocks, job.dtype_bytes)
+    size += shared_bytes(job.shape, job.level, CHECK_TOKENS, job.dtype_bytes)
+    return Part(
+        "self-check: engine", size, f"saved activations and working set of {CHECK_TOKENS} tokens", ("self-check",)
+    )
+
+
+def _check_plain(job: Job) -> Part:
+    """One row through transformers and PEFT, with copies of the adapters and a second set of gradients."""
+    if not job.engine:
+        return Part("self-check: plain path", 0, "")
+    tokens = min(CHECK_TOKENS, job.step.first)
+    kept = tokens * job.arch.layers * plain_bytes_per_token(job)
+    logits = tokens * job.arch.vocab * (job.dtype_bytes + 12)
+    formula = f"{tokens} tokens under autograd, {job.dtype_bytes + 12} B per logit, 8 B per trained parameter"
+    return Part("self-check: plain path", kept + logits + 8 * job.num_trained, formula, ("self-check",))
+
+
+def plain_bytes_per_token(job: Job) -> int:
+    """What autograd keeps of one token in one block of transformers with PEFT; measured for Llama in bf16 on CPU.
+
+    PEFT makes an fp32 copy of the input for every adapter on a 16-bit base. In fp32 this is an upper bound.
+    """
+    shape, method = job.shape, job.method
+    assert isinstance(method, LoraConfig)
+    keys = shape.kv_heads * shape.head_dim
+    kept = (6 * shape.hidden + 3 * shape.intermediate + 2 * keys) * job.dtype_bytes + 4 * shape.heads + 8
+    if shape.qk_norm:
+        kept += 4 * (shape.attention + keys + shape.heads + shape.kv_heads)
+    return kept + sum(4 * (linear.ins + method.r) for linear, _ in adapted(job.arch, method.target_modules))
+
+
+TERMS: tuple[Callable[[Job], Part], ...] = (
+    _outer_weights,
+    _block_weights,
+    _biases,
+    _adapters,
+    _masters,
+    _gradients,
+    _master_gradients,
+    _captured_gradients,
+    _optimizer,
+    _scratch,
+    _saved,
+    _working_set,
+    _head,
+    _rotary_tables,
+    _rows,
+    _workspaces,
+    _loading_copy,
+    _check_buffers,
+    _check_plain,
+)
+
+
+def parts(job: Job) -> tuple[Part, ...]:
+    """Every part that takes bytes."""
+    return tuple(part for part in (term(job) for term in TERMS) if part.bytes)
