@@ -13,6 +13,7 @@ from fitune.engine.spec import Unsupported
 from fitune.errors import ConfigError, FituneError
 from fitune.methods.base import trainable
 from fitune.model.load import Base
+from fitune.plan.lengths import Lengths, micro_step
 from fitune.plan.saves import level_of
 from fitune.training.path import Path, PlainPath, check_packing
 
@@ -50,12 +51,9 @@ def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Datase
 
 
 def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:
-    """Upper bound of the tokens in one micro-batch of this data."""
-    lengths = sorted((row.num_tokens for row in (*dataset.train, *dataset.eval)), reverse=True)
-    if not config.data.packing:
-        return sum(lengths[: config.train.micro_batch_rows or 4])
-    capacity = config.train.micro_batch_tokens or 2 * config.data.max_length
-    return max(lengths[0], min(capacity, sum(lengths)))
+    """Upper bound of the tokens in one micro-batch of this data; the plan uses the same."""
+    lengths = Lengths(*(tuple(row.num_tokens for row in rows) for rows in (dataset.train, dataset.eval)))
+    return micro_step(config, lengths).real
 
 
 def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
