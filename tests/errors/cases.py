@@ -110,6 +110,23 @@ def _run(what: str, says: str, damage: Callable[[Path], None], code: int = 6, *o
     return Case("Checkpoints and runs", what, build, code, says)
 
 
+def _bad_rows(place: Place) -> str:
+    return place.rows({"instruction": "a", "output": ""}, name="bad.jsonl")
+
+
+def _plan(what: str, says: str, keys: dict[str, object], code: int = 2, *overrides: str) -> Case:
+    """`fitune plan` of a model whose config.json has other keys."""
+
+    def build(place: Place) -> list[str]:
+        folder = place.copy_model()
+        _edit_json(folder / "config.json", **keys)
+        given = [text.replace("ROWS", _bad_rows(place)) if "ROWS" in text else text for text in overrides]
+        _, file, _, *settings = place.config(f"model.path={folder}", *given)
+        return ["plan", file, *settings]
+
+    return Case("Plans", what, build, code, says)
+
+
 def _edit_json(file: Path, **keys: object) -> None:
     value = json.loads(file.read_text(encoding="utf-8")) | keys
     file.write_text(json.dumps(value), encoding="utf-8")
@@ -276,4 +293,15 @@ RUNS = (
     Case("Checkpoints and runs", "evaluate a bare model", lambda p: ["eval", str(p.model)], 2, "not a run folder"),
 )  # fmt: skip
 
-CASES = (*ROWS, *CONFIGURATION, *MODELS, *RUNS)
+PLANS = (
+    _plan("an architecture that cannot be planned", "'perceptron' cannot be planned", {"model_type": "perceptron"}),
+    _plan("a size is missing", "`hidden_size` is missing", {"hidden_size": None}),
+    _plan("a size is no number", "`num_hidden_layers` is 'two'", {"num_hidden_layers": "two"}),
+    _plan("heads that cannot share keys", "cannot share 3", {"num_key_value_heads": 3}),
+    _plan("the engine where it cannot run", "hidden_act 'gelu'", {"hidden_act": "gelu"}, 2, "train.path=fast"),
+    _plan("more memory than the budget", "The largest part is", {}, 4, "memory.budget=0.5", "train.device=cuda"),
+    _plan("a row longer than the model's positions", "256 positions", {}, 2, "data.max_length=1000"),
+    _plan("rows that training would refuse", "bad.jsonl:1", {}, 3, "data.train=ROWS"),
+)
+
+CASES = (*ROWS, *CONFIGURATION, *MODELS, *RUNS, *PLANS)
