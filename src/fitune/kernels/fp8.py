@@ -158,7 +158,7 @@ def multiply_rows(
     if scale_N is None:
         scale_N = torch.ones(codes_NK.shape[0], device=codes_NK.device)
     scales = scale_T[:, None], scale_N[None, :]
-    if is_native(codes_TK.device, dtype, *codes_NK.shape):
+    if is_native(codes_TK.device, dtype, codes_NK.shape[0], codes_NK.shape[1]):
         return torch._scaled_mm(
             codes_TK, codes_NK.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=fast_accumulation
         )
