@@ -67,8 +67,10 @@ class ModelConfig(Section):
         description="Storage and compute dtype of the base weights. None: bf16 on a GPU that has it, else fp16 on a "
         "GPU, fp32 on CPU.",
     )
-    quantization: Literal["none"] = Field(
-        "none", description="Quantized storage of the frozen base weights. Only `none` in this release."
+    quantization: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
+        "none",
+        description="How the frozen linear layers of the blocks are stored: `none` (in dtype), `int8`, `nf4` or `fp4` "
+        "(4 bits), expanded for each product; `fp8`, multiplied as it is on GPUs that can. Not for method full.",
     )
 
     _path = field_validator("path")(check_path)
