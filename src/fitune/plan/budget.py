@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import ValidationError
-
-from fitune.config import RunConfig
-from fitune.errors import PlanError
+from fitune.config import RunConfig, build
+from fitune.errors import ConfigError, PlanError
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import MemoryPlan, plan_memory
 from fitune.plan.saves import LEVELS, level_of
@@ -90,13 +88,13 @@ def _levers(config: RunConfig) -> Iterator[list[tuple[str, object]]]:
 
 
 def _changed(config: RunConfig, key: str, value: object) -> RunConfig | None:
-    """The configuration with one more setting; None where this release has no such value."""
+    """The configuration with one more setting; None where the two cannot go together."""
     section, name = key.split(".")
     tree = config.model_dump()
     tree[section][name] = value
     try:
-        return RunConfig.model_validate(tree)
-    except ValidationError:
+        return build(tree)
+    except ConfigError:
         return None
 
 

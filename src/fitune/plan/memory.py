@@ -15,7 +15,7 @@ from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec
 from fitune.plan.hardware import CPU, HOPPER, Hardware
 from fitune.plan.lengths import Lengths, micro_step
-from fitune.plan.parts import PHASES, Columns, Job, Part, Phase, block_columns, parts
+from fitune.plan.parts import PHASES, Columns, Job, Part, Phase, block_columns, host_bytes, parts
 from fitune.plan.saves import Level, level_of
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -55,6 +55,11 @@ class MemoryPlan:
     def device_bytes(self) -> int:
         """The same with the CUDA context: what the device loses to the run."""
         return self.peak_bytes + self.job.hardware.context_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Page-locked host memory: inputs of blocks at level `offload`, staging of the micro-steps' integers."""
+        return host_bytes(self.job)
 
     @property
     def largest(self) -> Part:
@@ -104,7 +109,7 @@ def planned_level(config: RunConfig, engine: bool) -> Level:
     level = level_of(config.train.activation_checkpointing)
     if engine:
         return level
-    return "full" if level in ("attention", "full") else "elementwise"
+    return "full" if level in ("attention", "full", "offload") else "elementwise"
 
 
 def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
@@ -115,7 +120,9 @@ def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
         return arch.plain
     if not isinstance(config.method, LoraConfig):
         return f"method.name={config.method.name}; the engine trains LoRA adapters"
-    return "method.dropout" if config.method.dropout else None
+    if config.method.dropout:
+        return "method.dropout"
+    return "model.quantization=fp8" if config.model.quantization == "fp8" else None
 
 
 def lora_columns(arch: ArchSpec, config: RunConfig) -> Columns:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fitune.config import LoraConfig, MethodConfig
-from fitune.plan.arch import ArchSpec
+from fitune.plan.arch import ArchSpec, Linear
 from fitune.plan.hardware import MIB, NUM_WORKSPACES, Hardware
 from fitune.plan.lengths import MicroStep
 from fitune.plan.params import Tensors, adapted, trainable
@@ -36,7 +36,9 @@ PHASES: tuple[Phase, ...] = ("loading", *READY)
 
 COLUMN_MULTIPLE = 16  # adapter columns of a group: keeps rows aligned to 16 bytes
 CHECK_TOKENS = 256
-INPUT_ROWS = 6  # int64 rows of the engine's inputs
+INPUT_ROWS, STAGING_SLOTS = 6, 4  # int64 rows of the engine's inputs; how many copies of them the host keeps
+REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
+QUANT_SLICE_BYTES = 6 * 4 * 2**22  # weights on their way into 4 bits: six fp32 slices
 QUANT_BLOCK, QUANT_NESTED = 64, 256  # elements per absmax, and absmax per second-level absmax, of nf4 and fp4
 QUANT_TABLES = 4 * 16 + 4 * 256 + 4  # two code books and an offset
 ADAM8_BLOCK, ADAM8_FROM = 256, 4096  # bitsandbytes keeps smaller tensors' states in fp32
@@ -103,6 +105,11 @@ class Job:
         if not self.engine:
             return self.step.padded
         return self.step.real if self.hardware.on_cpu else bucket(self.step.real, self.step.real)
+
+    @property
+    def adapted(self) -> tuple[tuple[Linear, frozenset[int]], ...]:
+        """Layers with an adapter, and in which blocks."""
+        return adapted(self.arch, self.method.target_modules) if isinstance(self.method, LoraConfig) else ()
 
     @property
     def trained(self) -> tuple[Tensors, ...]:
@@ -215,15 +222,29 @@ def _adam8_bytes(elements: int) -> int:
 
 
 def _scratch(job: Job) -> Part:
+    """Where quantized weights are expanded: one matrix for all groups, or one layer at a time on the plain path."""
+    name, size = "dequantization scratch", job.dtype_bytes
+    if job.quantization == "none":
+        return Part(name, 0, "")
+    if not job.engine:
+        return Part(name, _largest_layer(job) * size, f"largest layer outs x ins x {size} B", ("forward", "backward"))
     largest = max((outs + r) * (ins + r) for outs, ins, r in job.shape.groups.values())
-    needed = largest if job.quantization != "none" else 0
-    formula = f"largest group (outs + R) (ins + R) x {job.dtype_bytes} B"
-    return Part("dequantization scratch", needed * job.dtype_bytes, formula, READY)
+    return Part(name, largest * size, f"largest group (outs + R) (ins + R) x {size} B", READY)
+
+
+def _largest_layer(job: Job) -> int:
+    return max(linear.outs * linear.ins for linear in job.arch.linears)
+
+
+def _refresh_table(job: Job) -> Part:
+    count = 2 * sum(len(blocks) for _, blocks in job.adapted) if job.engine and not job.hardware.on_cpu else 0
+    return Part("table of adapter copies", REFRESH_BYTES * count, f"{count:,} matrices x {REFRESH_BYTES} B", READY)
 
 
 def _saved(job: Job) -> Part:
     size = saved_bytes(job.shape, job.level, job.capacity, job.kept_blocks, job.dtype_bytes)
-    row = sum(saved.bytes_per_token(job.dtype_bytes) for saved in block_saves(job.shape, job.level))
+    kept = [saved for saved in block_saves(job.shape, job.level) if not saved.host]
+    row = sum(saved.bytes_per_token(job.dtype_bytes) for saved in kept)
     formula = f"{job.kept_blocks} blocks x {job.capacity:,} tokens x {row:,} B at level {job.level}"
     return Part("saved activations", size, formula, STEP)
 
@@ -256,10 +277,22 @@ def _rows(job: Job) -> Part:
     """Integers of a micro-step; those of the head are padded to whole chunks."""
     if not job.engine:
         return Part("ids, labels, positions", 32 * job.capacity, f"{job.capacity:,} tokens x 32 B", STEP)
-    chunk = head_rows(job.arch.vocab, job.dtype_bytes)
-    padded = -(-job.capacity // chunk) * chunk
+    padded = _padded(job)
     formula = f"{padded:,} x {INPUT_ROWS} x 8 B, {job.capacity:,} x 2 x 4 B"
     return Part("ids, labels, positions", 8 * INPUT_ROWS * padded + 8 * job.capacity, formula, STEP)
+
+
+def _padded(job: Job) -> int:
+    chunk = head_rows(job.arch.vocab, job.dtype_bytes)
+    return -(-job.capacity // chunk) * chunk
+
+
+def host_bytes(job: Job) -> int:
+    """Page-locked host memory of the engine; none without a GPU or on the plain path."""
+    if not job.engine or job.hardware.on_cpu:
+        return 0
+    kept = saved_bytes(job.shape, job.level, job.capacity, job.kept_blocks, job.dtype_bytes, host=True)
+    return kept + STAGING_SLOTS * 8 * INPUT_ROWS * _padded(job)
 
 
 def _workspaces(job: Job) -> Part:
@@ -267,13 +300,24 @@ def _workspaces(job: Job) -> Part:
     return Part("cuBLAS workspaces", count * one, f"{count} x {one / MIB:g} MiB on {job.hardware.name}", READY)
 
 
+def _quantizing(job: Job) -> Part:
+    """Weights are quantized slice by slice; on CPU the ones to come are still there in full."""
+    if job.quantization == "none":
+        return Part("weights being quantized", 0, "")
+    full = job.dtype_bytes * job.arch.layers * sum(linear.outs * linear.ins for linear in job.arch.linears)
+    size, formula = QUANT_SLICE_BYTES, "6 slices x 16 MiB"
+    if job.hardware.on_cpu:
+        size, formula = size + full, f"{formula} and the blocks in {job.dtype_bytes} B, at most"
+    return Part("weights being quantized", size, formula, ("loading",))
+
+
 def _loading_copy(job: Job) -> Part:
-    """A group is put together, or quantized, from the weights as they were read."""
+    """A group is put together from the weights as they were read; quantized ones stay as they are."""
     counts = {group: sum(linear.group == group for linear in job.arch.linears) for group in GROUPS}
     sizes = [
         (outs + r) * (ins + r)
         for group, (outs, ins, r) in job.shape.groups.items()
-        if job.quantization != "none" or (job.engine and (r or counts[group] > 1))
+        if job.quantization == "none" and job.engine and (r or counts[group] > 1)
     ]
     formula = f"largest group (outs + R) (ins + R) x {job.dtype_bytes} B"
     return Part("group being put together", max(sizes, default=0) * job.dtype_bytes, formula, ("loading",))
@@ -295,6 +339,7 @@ def _check_plain(job: Job) -> Part:
         return Part("self-check: plain path", 0, "")
     tokens = min(CHECK_TOKENS, job.step.first)
     kept = tokens * job.arch.layers * plain_bytes_per_token(job)
+    kept += 0 if job.quantization == "none" else _largest_layer(job) * job.dtype_bytes
     logits = tokens * job.arch.vocab * (job.dtype_bytes + 12)
     formula = f"{tokens} tokens under autograd, {job.dtype_bytes + 12} B per logit, 8 B per trained parameter"
     return Part("self-check: plain path", kept + logits + 8 * job.num_trained, formula, ("self-check",))
@@ -311,7 +356,7 @@ def plain_bytes_per_token(job: Job) -> int:
     kept = (6 * shape.hidden + 3 * shape.intermediate + 2 * keys) * job.dtype_bytes + 4 * shape.heads + 8
     if shape.qk_norm:
         kept += 4 * (shape.attention + keys + shape.heads + shape.kv_heads)
-    return kept + sum(4 * (linear.ins + method.r) for linear, _ in adapted(job.arch, method.target_modules))
+    return kept + sum(4 * (linear.ins + method.r) for linear, _ in job.adapted)
 
 
 TERMS: tuple[Callable[[Job], Part], ...] = (
@@ -325,12 +370,14 @@ TERMS: tuple[Callable[[Job], Part], ...] = (
     _captured_gradients,
     _optimizer,
     _scratch,
+    _refresh_table,
     _saved,
     _working_set,
     _head,
     _rotary_tables,
     _rows,
     _workspaces,
+    _quantizing,
     _loading_copy,
     _check_buffers,
     _check_plain,

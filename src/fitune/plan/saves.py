@@ -120,7 +120,8 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The working set all blocks share: what is not kept at this level, and the gradients in flight.
 
     `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output, queries,
-    keys and values. `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more than tokens: where the head's last chunk puts its padding.
+    keys and values. `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more
+    than tokens: where the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
     qkv, o, up, down = shape.lora

@@ -69,6 +69,7 @@ def plan_json(plan: MemoryPlan, config: RunConfig) -> str:
         "peak_bytes": plan.peak_bytes,
         "context_bytes": job.hardware.context_bytes,
         "device_bytes": plan.device_bytes,
+        "host_bytes": plan.host_bytes,
         "lower_bound": plan.plain_reason is not None,
         "fits": fits(plan, config),
         "notes": list(_notes(plan, config)),
@@ -107,6 +108,8 @@ def _verdict(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
     least = "at least " if plan.plain_reason else ""
     peak = f"{plan.peak_bytes / GB:.3f} GB in the phase `{plan.peak_phase}`"
     yield f"peak     {least}{peak}{_with_context(plan)}"
+    if plan.host_bytes:
+        yield f"host     {plan.host_bytes / GB:.3f} GB of page-locked memory"
     answer = fits(plan, config)
     if config.memory.budget is not None and answer is not False:
         yield f"budget   {config.memory.budget:g} GB: {'fits' if answer else 'not decided'}"
