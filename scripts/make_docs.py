@@ -66,11 +66,12 @@ def memory_table() -> str:
     from fitune.config import build
     from fitune.plan.arch import read_arch
     from fitune.plan.memory import plan_memory
-    from fitune.plan.parts import PHASES
+    from fitune.plan.parts import PHASES, READY, STEP, TERMS
     from plan.shapes import LLAMA_1B, LLAMA_8B
 
-    def plan(config: dict, method: dict, length: int, **train: object):
-        sections = {"model": {"path": "m", "dtype": "bf16"}, "data": {"max_length": length}, "train": train}
+    def plan(config: dict, method: dict, length: int, quantization: str = "none", **train: object):
+        model = {"path": "m", "dtype": "bf16", "quantization": quantization}
+        sections = {"model": model, "data": {"max_length": length}, "train": train}
         return plan_memory(read_arch(config), build({**sections, "method": {"name": "lora", **method}}), "no data")
 
     linear = {"r": 16, "target_modules": "linear"}
@@ -78,11 +79,18 @@ def memory_table() -> str:
         plan(LLAMA_1B, {"r": 8}, 1024, micro_batch_rows=2),
         plan(LLAMA_8B, linear, 2048, micro_batch_rows=4, activation_checkpointing="attention"),
         plan(LLAMA_8B, linear, 2048, micro_batch_rows=4, activation_checkpointing="full"),
+        plan(LLAMA_8B, linear, 2048, "nf4", micro_batch_rows=4, activation_checkpointing="full"),
     ]
-    lines = ["| part | 1B | 8B, attention | 8B, full | live in | counted as (1B) |", "|---|---|---|---|---|---|"]
-    for part in plans[0].parts:
+    lines = [
+        "| part | 1B | 8B, attention | 8B, full | 8B, full, nf4 | live in | counted as (first column with it) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    order = [term(plans[-1].job) for term in TERMS]
+    first = {part.name: part for one in reversed(plans) for part in one.parts}
+    for part in sorted(first.values(), key=lambda part: [term.name for term in order].index(part.name)):
         sizes = [next((p.bytes for p in one.parts if p.name == part.name), 0) / 1e6 for one in plans]
-        when = "all phases" if part.phases == PHASES else ", ".join(part.phases)
+        when = "all phases" if part.phases == PHASES else "all but loading" if part.phases == READY else "a step"
+        when = when if part.phases in (PHASES, READY, STEP) else ", ".join(part.phases)
         cells = [part.name, *(f"{size:,.1f}" for size in sizes), when, part.formula]
         lines.append(f"| {' | '.join(cells)} |")
     for phase in PHASES:
