@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench import step, table, tasks
+from bench import cpu, curves, rows, step, sweep, table, tasks
 from bench.children import Runner
 from bench.models import SHAPES
 from bench.work import DEFAULT_ROWS, STACKS, WORKS
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "table":
         return _table(options)
     runner = Runner(options.out, options.seconds, options.child_seconds)
-    {"step": _step, "gemm": _gemm, "models": _models}[options.command](runner, options)
+    COMMANDS[options.command](runner, options)
     text = table.markdown(table.read(runner.results))
     (runner.out / "tables.md").write_text(text, encoding="utf-8")
     print(text)
@@ -42,6 +43,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--stacks", type=_listed(STACKS), default=list(STACKS), help=f"of {','.join(STACKS)}")
     one.add_argument("--warmup", type=int, help="steps before the clock runs")
     one.add_argument("--steps", type=int, help="timed steps")
+    _add_rows(commands.add_parser("rows", parents=[common], help="real rows through each stack's own trainer"))
+    lengths = commands.add_parser("sweep", parents=[common], help="fitune over row lengths")
+    lengths.add_argument("--rows", type=_listed(WORKS), default=["1b", "8b"])
+    lengths.add_argument("--micro-tokens", type=_numbers(int), default=list(sweep.MICRO_TOKENS))
+    longest = commands.add_parser("fit", parents=[common], help="the longest row that trains in a memory cap")
+    longest.add_argument("--caps", type=_numbers(float), default=[8.0, 16.0, 24.0], help="GB, CUDA context included")
+    paths = commands.add_parser("curves", parents=[common], help="the fast path against the plain one")
+    paths.add_argument("--cases", type=_listed(curves.CASES), default=list(curves.CASES))
+    paths.add_argument("--precisions", type=_listed(curves.PRECISIONS), default=list(curves.PRECISIONS))
+    paths.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["plain", "fast"])
+    paths.add_argument("--updates", type=int, default=200)
+    demo = commands.add_parser("cpu", parents=[common], help="the demo's steps on CPU, both paths in turns")
+    demo.add_argument("--pairs", type=int, default=40, help="timed updates of each path")
+    demo.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["fast", "plain"])
     commands.add_parser("gemm", parents=[common], help="the GPU's ceilings")
     make = commands.add_parser("models", parents=[common], help="make the random models")
     make.add_argument("names", type=_listed(SHAPES), nargs="?", default=list(SHAPES), help=f"of {','.join(SHAPES)}")
@@ -52,6 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument("task", choices=tasks.TASKS)
     child.add_argument("arguments")
     return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {' and '.join(rows.FILES)}")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Llama-3 tokenizer")
+    parser.add_argument("--updates", type=_numbers(int), default=list(rows.STEPS), help="rows per update: 32,2")
+    parser.add_argument("--stacks", type=_listed(STACKS), default=list(STACKS), help=f"of {','.join(STACKS)}")
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of comma-separated numbers."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return parse
 
 
 def _listed(allowed: Collection[str]) -> Callable[[str], list[str]]:
@@ -77,7 +108,29 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _step(runner: Runner, options: argparse.Namespace) -> None:
-    step.run(runner, options.rows, options.stacks, options.models, options.device, (options.warmup, options.steps))
+    change = {name: getattr(options, name) for name in ("warmup", "steps") if getattr(options, name) is not None}
+    step.run(runner, options.rows, options.stacks, options.models, options.device, change)
+
+
+def _rows(runner: Runner, options: argparse.Namespace) -> None:
+    rows.run(runner, options.data, options.tokenizer, options.models, options.updates, options.stacks)
+
+
+def _sweep(runner: Runner, options: argparse.Namespace) -> None:
+    sweep.run(runner, options.rows, options.micro_tokens, options.models)
+
+
+def _fit(runner: Runner, options: argparse.Namespace) -> None:
+    sweep.fit(runner, options.caps, options.models)
+
+
+def _curves(runner: Runner, options: argparse.Namespace) -> None:
+    how = {"device": options.device, "updates": options.updates, "paths": options.paths}
+    curves.run(runner, options.cases, options.precisions, options.models, **how)
+
+
+def _cpu(runner: Runner, options: argparse.Namespace) -> None:
+    cpu.run(runner, options.pairs, options.paths)
 
 
 def _gemm(runner: Runner, options: argparse.Namespace) -> None:
@@ -88,6 +141,17 @@ def _models(runner: Runner, options: argparse.Namespace) -> None:
     for name in options.names:
         runner.make_model(name, options.models)
 
+
+COMMANDS: dict[str, Callable[[Runner, argparse.Namespace], None]] = {
+    "step": _step,
+    "rows": _rows,
+    "sweep": _sweep,
+    "fit": _fit,
+    "curves": _curves,
+    "cpu": _cpu,
+    "gemm": _gemm,
+    "models": _models,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import random
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,20 +148,26 @@ def gradients(run: Assembled, batches: Sequence[Batch]) -> tuple[float, float]:
     return both[1], both[0]
 
 
-def step(key: str, models: str, device: str, warmup: int | None = None, steps: int | None = None) -> dict[str, Any]:
+def step(
+    key: str,
+    models: str,
+    device: str,
+    change: dict[str, Any] | None = None,
+    extra: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Measure one work item; peaks count from the process start and are never reset.
 
     Args:
-        warmup, steps: instead of the work item's own.
+        change: fields of the work item to replace.
+        extra: section -> settings over those of the work item.
     """
-    work, use = WORKS[key], DeviceUse()
+    work, use = replace(WORKS[key], **(change or {})), DeviceUse()
     folder = make(work.model, Path(models))
-    run = assemble(config_of(work, folder, device), folder, work.rows * work.tokens, use)
+    run = assemble(config_of(work, folder, device, extra), folder, work.rows * work.tokens, use)
     weights_bytes = torch.cuda.memory_allocated() if device == "cuda" else 0
     facts = model_config(folder)
     batch = pad(random_rows(work.rows, work.tokens, facts["vocab_size"]), 0)
-    warm = work.warmup if warmup is None else warmup
-    found = timed(lambda: update(run, [batch])[0], warm, work.steps if steps is None else steps, use)
+    found = timed(lambda: update(run, [batch])[0], work.warmup, work.steps, use)
     prepare = run.path_seconds + max(0.0, found.first_seconds - found.median)
     return {
         **found.report(work.rows * work.tokens),

@@ -7,6 +7,7 @@ given twice: since a reset after the warm-up, and since the process began.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from bench.work import WORKS, Work, step_flop
 _SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def step(stack: str, key: str, models: str, warmup: int | None = None, steps: int | None = None) -> dict[str, Any]:
+def step(stack: str, key: str, models: str, change: dict[str, Any] | None = None) -> dict[str, Any]:
     """Measure one work item with one stack.
 
     Args:
         stack: hf, liger or unsloth.
-        warmup, steps: instead of the work item's own.
+        change: fields of the work item to replace.
     """
-    work, folder = WORKS[key], Path(models) / WORKS[key].model
+    work, folder = replace(WORKS[key], **(change or {})), Path(models) / WORKS[key].model
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; make it: python -m bench models {work.model}")
     started = time.perf_counter()
@@ -41,8 +42,7 @@ def step(stack: str, key: str, models: str, warmup: int | None = None, steps: in
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights_bytes = torch.cuda.memory_allocated()
     update = _update(model, parameters, _ids(work, facts["vocab_size"]))
-    warm = work.warmup if warmup is None else warmup
-    found = timed(update, warm, work.steps if steps is None else steps, use, reset=True)
+    found = timed(update, work.warmup, work.steps, use, reset=True)
     after = peaks()
     return {
         **found.report(work.rows * work.tokens),

@@ -16,7 +16,7 @@ def run(
     stacks: Sequence[str],
     models: Path,
     device: str = "cuda",
-    counts: tuple[int | None, int | None] = (None, None),
+    change: dict[str, Any] | None = None,
 ) -> None:
     """Measure; the results are in `runner.results`.
 
@@ -24,7 +24,7 @@ def run(
         rows: keys of `work.WORKS`.
         stacks: out of `work.STACKS`; one that cannot do a work item is passed over.
         models: folder of the random models; missing ones are made.
-        counts: warm-up and timed steps, instead of each work item's own.
+        change: fields of every work item to replace, such as the number of steps.
     """
     if device == "cuda" and not runner.time_is_up():
         runner.run("gemm", {}, {"kind": "gemm"})
@@ -36,7 +36,6 @@ def run(
                 runner.record({"kind": "step", "row": key, "stack": stack, "status": "not started: time is up"})
                 continue
             runner.make_model(WORKS[key].model, models)
-            arguments: dict[str, Any] = {"key": key, "models": str(models.absolute())}
-            arguments |= {"warmup": counts[0], "steps": counts[1]}
+            arguments = {"key": key, "models": str(models.absolute()), "change": change or {}}
             arguments |= {"device": device} if stack == "ours" else {"stack": stack}
             runner.run("ours" if stack == "ours" else "peer", arguments, {"kind": "step", "row": key, "stack": stack})

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.gemm import rate_for
 from bench.goals import GOALS
+from bench.markdown import GB, Record, failure, newest, ratio, table
+from bench.sections import cpu_section, curve_section, fit_section, rows_section, sweep_section
 from bench.work import STACKS, WORKS
-
-Record = dict[str, Any]
-GB = 1e9
 
 
 def read(file: Path) -> list[Record]:
@@ -26,12 +24,6 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
     """Records of a kind, the GPU's own rates with them, as the shares need those."""
     chosen = [record for record in records if record["kind"] == kind]
@@ -43,21 +35,21 @@ def gemm_section(records: Sequence[Record]) -> str:
     good = [record for record in records if record["status"] == "ok"]
     if not good:
         return f"## Ceilings\n\nfailed: {records[-1].get('error')}"
-    newest = good[-1]
+    last = good[-1]
     rows = [
         [f"{p['rows']} x {p['inputs']} x {p['outputs']}"]
         + [f"{p[key]:.0f}" if key in p else "-" for key in ("bf16", "bf16_input_gradient", "fp8_rowwise")]
-        for p in newest["products"]
+        for p in last["products"]
     ]
-    versions = ", ".join(f"{name} {value}" for name, value in newest["versions"].items())
-    head = f"## Ceilings\n\n{newest['gpu']}; {versions}. Device copy {newest['copy_gb_per_second']} GB/s.\n\n"
+    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items())
+    head = f"## Ceilings\n\n{last['gpu']}; {versions}. Device copy {last['copy_gb_per_second']} GB/s.\n\n"
     return head + table(["rows x in x out", "bf16 TFLOP/s", "bf16 input gradient", "fp8 row-wise"], rows)
 
 
 def step_section(records: Sequence[Record]) -> str:
     """Times and peaks of one step, against the best other stack and the goal."""
     gemms = [record for record in records if record["kind"] == "gemm" and record["status"] == "ok"]
-    found = {(r["row"], r["stack"]): r for r in records if r["kind"] == "step"}
+    found = newest([record for record in records if record["kind"] == "step"], "row", "stack")
     keys = [key for key in WORKS if any(row == key for row, _ in found)]
     stacks = [stack for stack in STACKS if any(s == stack for _, s in found)]
     rows = []
@@ -81,17 +73,12 @@ def _step_cell(record: Record | None) -> str:
     if record is None:
         return "-"
     if record["status"] != "ok":
-        return _failure(record)
+        return failure(record)
     memory = f"{record['allocated_bytes'] / GB:.2f}/{record['reserved_bytes'] / GB:.2f} GB"
     return f"{record['step_ms']:.1f} ({record['min_ms']:.1f}) ms, {memory}"
 
 
-def _failure(record: Record) -> str:
-    text = str(record.get("error") or record["status"]).replace("|", "/").replace("\n", " ")
-    return f"{record['status']}: {text[:60]}" if record.get("error") else text[:60]
-
-
-def _against(key: str, found: dict[tuple[str, str], Record]) -> list[str]:
+def _against(key: str, found: dict[tuple[str, ...], Record]) -> list[str]:
     """Time and memory over the best other stack's, and the goal with whether it is met."""
     ours = found.get((key, "ours"))
     good = [r for (row, stack), r in found.items() if row == key and stack != "ours" and r["status"] == "ok"]
@@ -99,17 +86,12 @@ def _against(key: str, found: dict[tuple[str, str], Record]) -> list[str]:
     wanted = "-" if goal is None else f"{goal.ms:g} ms" + (f", {goal.gb:g} GB" if goal.gb else "")
     if ours is None or ours["status"] != "ok":
         return ["-", "-", wanted]
-    ratios = [_ratio(ours, good, name) for name in ("step_ms", "allocated_bytes")]
+    ratios = [ratio(ours, good, name) for name in ("step_ms", "allocated_bytes")]
     if goal is not None:
         met_time = ours["step_ms"] <= goal.ms
         met_memory = goal.gb is None or ours["allocated_bytes"] <= goal.gb * GB
         wanted += f": time {'met' if met_time else 'missed'}, memory {'met' if met_memory else 'missed'}"
     return [*ratios, wanted]
-
-
-def _ratio(ours: Record, others: Sequence[Record], name: str) -> str:
-    best = min((record[name] for record in others), default=0)
-    return f"{ours[name] / best:.2f}" if best else "-"
 
 
 def _detail(key: str, stack: str, record: Record, gemms: Sequence[Record]) -> list[str]:
@@ -127,4 +109,12 @@ def _detail(key: str, stack: str, record: Record, gemms: Sequence[Record]) -> li
     return [f"`{key}`", stack, record.get("path", ""), f"{record['tokens_per_second']:,}", share, *memory, startup]
 
 
-SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {"gemm": gemm_section, "step": step_section}
+SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "gemm": gemm_section,
+    "step": step_section,
+    "rows": rows_section,
+    "sweep": sweep_section,
+    "fit": fit_section,
+    "curve": curve_section,
+    "cpu": cpu_section,
+}

@@ -17,6 +17,11 @@ TASKS = {
     "gemm": "gemm.measure",
     "ours": "ours.step",
     "peer": "peers.step",
+    "ours_rows": "rows.ours",
+    "peer_rows": "peer_rows.measure",
+    "ours_fit": "sweep.probe_task",
+    "curve": "curves.curve",
+    "cpu": "cpu.measure",
 }
 
 
