@@ -34,8 +34,7 @@ def measure(pairs: int, paths: Sequence[str]) -> dict[str, Any]:
         if path != "default":
             extra["train"]["path"] = path
         config, folder, rows = demo_case("cpu", extra)
-        longest = max(row.num_tokens for row in rows)
-        runs.append(ours.assemble(config, folder, (config.train.micro_batch_rows or 1) * longest))
+        runs.append(ours.assemble(config, folder, rows))
     plan = StepPlan([row.num_tokens for row in rows], config.train)
     seconds: list[list[float]] = [[], []]
     losses: list[list[float]] = [[], []]

@@ -65,8 +65,7 @@ def curve(case: str, models: str, device: str, updates: int, gradients: str, **h
     from fitune.data.batches import StepPlan, micro_batches
 
     config, folder, rows = _case(case, Path(models), device, how, max(1, updates))
-    longest = max(row.num_tokens for row in rows)
-    run = ours.assemble(config, folder, (config.train.micro_batch_rows or 1) * longest)
+    run = ours.assemble(config, folder, rows)
     plan = StepPlan([row.num_tokens for row in rows], config.train)
 
     def batches(number: int) -> list[Any]:
@@ -89,9 +88,9 @@ def curve(case: str, models: str, device: str, updates: int, gradients: str, **h
     errors = {
         f"gradient_error_to_{name}": _errors(found, load_file(how[name]))
         for name in ("reference", "plain")
-        if Path(how[name]).is_file()
+        if how[name] != gradients and Path(how[name]).is_file()
     }
-    return {"path_class": type(run.path).__name__, "losses": losses, **errors}
+    return {"path_class": type(run.path).__name__, "note": run.note, "losses": losses, **errors}
 
 
 def _errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:

@@ -23,13 +23,14 @@ from bench.models import make, model_config
 from bench.work import WORKS, Work, step_flop
 from fitune.config import RunConfig, build
 from fitune.data.batches import Batch, pad
-from fitune.data.prepare import Row
+from fitune.data.prepare import Dataset, Row
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import count_parameters, load_base, pick_device
-from fitune.training import path as paths
+from fitune.training.choose import choose_path
 from fitune.training.limits import set_up_device
 from fitune.training.optim import MasterOptimizer
+from fitune.training.path import Path as ModelPath
 
 
 @dataclass
@@ -37,13 +38,15 @@ class Assembled:
     """A run ready for its first step.
 
     Attributes:
-        load_seconds: reading weights, adding adapters and the optimizer.
-        path_seconds: choosing and building the path, its self-check and compilation included.
+        note: which path was chosen and why.
+        load_seconds: reading weights, adding adapters.
+        path_seconds: choosing and building the path, its self-check and compilation included; the optimizer.
     """
 
     config: RunConfig
     model: nn.Module
-    path: paths.Path
+    path: ModelPath
+    note: str
     optimizer: MasterOptimizer
     device: torch.device
     load_seconds: float
@@ -78,11 +81,11 @@ def config_of(work: Work, folder: Path, device: str, extra: dict[str, dict[str, 
     return build(tree)
 
 
-def assemble(config: RunConfig, folder: Path, max_tokens: int, use: DeviceUse | None = None) -> Assembled:
-    """Load, adapt, optimize, choose the path: the order of `fitune train`.
+def assemble(config: RunConfig, folder: Path, rows: Sequence[Row], use: DeviceUse | None = None) -> Assembled:
+    """Load, adapt, choose the path, optimize: the order of `fitune train`.
 
     Args:
-        max_tokens: tokens of the largest micro batch.
+        rows: the training rows; the largest micro batch follows from them, and the path's self-check takes the first.
         use: sampled after loading and after the path is built.
     """
     use = use or DeviceUse()
@@ -96,18 +99,15 @@ def assemble(config: RunConfig, folder: Path, max_tokens: int, use: DeviceUse | 
         base = load_base(folder, config.model.dtype, device, config.model.quantization)
     torch.manual_seed(config.train.seed)
     model = METHODS[config.method.name].apply(base, config.method)
-    optimizer = MasterOptimizer(trainable(model), config.train)
     synchronize()
     loaded = time.perf_counter()
     use.sample()
-    choose = getattr(paths, "choose_path", None)
-    if choose is None:  # a fitune that has the plain path alone; the record names the path that ran
-        path: paths.Path = paths.PlainPath(model, device, config.train.activation_checkpointing)
-    else:
-        path = choose(model, base, config, device, max_tokens)
+    dataset = Dataset(train=tuple(rows), eval=(), rejected=(), fingerprint="", summary={})
+    path, note = choose_path(model, base, config, dataset)
+    optimizer = MasterOptimizer(trainable(model), config.train)
     synchronize()
     use.sample()
-    return Assembled(config, model, path, optimizer, device, loaded - started, time.perf_counter() - loaded)
+    return Assembled(config, model, path, note, optimizer, device, loaded - started, time.perf_counter() - loaded)
 
 
 def random_rows(count: int, tokens: int, vocab: int, seed: int = 1) -> list[Row]:
@@ -163,17 +163,19 @@ def step(
     """
     work, use = replace(WORKS[key], **(change or {})), DeviceUse()
     folder = make(work.model, Path(models))
-    run = assemble(config_of(work, folder, device, extra), folder, work.rows * work.tokens, use)
-    weights_bytes = torch.cuda.memory_allocated() if device == "cuda" else 0
     facts = model_config(folder)
-    batch = pad(random_rows(work.rows, work.tokens, facts["vocab_size"]), 0)
+    rows = random_rows(work.rows, work.tokens, facts["vocab_size"])
+    run = assemble(config_of(work, folder, device, extra), folder, rows, use)
+    built_bytes = torch.cuda.memory_allocated() if device == "cuda" else 0
+    batch = pad(rows, 0)
     found = timed(lambda: update(run, [batch])[0], work.warmup, work.steps, use)
     prepare = run.path_seconds + max(0.0, found.first_seconds - found.median)
     return {
         **found.report(work.rows * work.tokens),
         **peaks(),
         "path": type(run.path).__name__,
-        "weights_bytes": weights_bytes,
+        "note": run.note,
+        "built_bytes": built_bytes,
         "device_sampled_bytes": use.highest_bytes,
         "device_after_bytes": use.sample(),
         "pinned_bytes": pinned_bytes(),

@@ -40,6 +40,9 @@ def run(
         models: folder of the random models.
         updates: rows per optimizer step, out of `STEPS`.
     """
+    unknown = [rows for rows in updates if rows not in STEPS]
+    if unknown:
+        raise SystemExit(f"--updates {unknown[0]}: allowed are {', '.join(map(str, STEPS))}")
     folder = with_tokenizer(runner.make_model("llama-3.2-1b", models), tokenizer.absolute())
     common: dict[str, Any] = {"folder": str(folder), "data": str(data.absolute())}
     for rows in updates:
@@ -69,27 +72,41 @@ def ours(folder: str, data: str, rows: int, out: str, steps: int | None = None, 
     shutil.rmtree(target / "run", ignore_errors=True)  # an earlier run's rows would look like ours
     command = [sys.executable, "-c", COMMAND, "train", str(file), f"output.dir={target / 'run'}"]
     metrics = target / "run" / "metrics.jsonl"
-    started = time.perf_counter()
-    child = subprocess.Popen(command)
-    arrivals, size = [], 0
-    while child.poll() is None:
-        if metrics.is_file() and metrics.stat().st_size > size:
-            with metrics.open("rb") as grown:
-                grown.seek(size)
-                new = grown.read()
-            size += len(new)
-            arrivals += [time.perf_counter()] * new.count(b"\n")
-        time.sleep(POLL_SECONDS)
-    ended = time.perf_counter()
-    if child.returncode != 0:
-        raise RuntimeError(f"fitune train ended with exit code {child.returncode}")
+    said = target / "said.txt"
+    started, arrivals, ended = _watch(command, metrics, said)
+    words = said.read_text(encoding="utf-8", errors="replace")
+    print(words)  # into this measurement's log
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     result = json.loads((target / "run" / "result.json").read_text(encoding="utf-8"))
     return _rates(lines, arrivals, started, ended) | {
         "allocated_bytes": result["peak_memory_bytes"],
-        "path": result.get("path", ""),
+        "note": next((line for line in words.splitlines() if " path: " in line), ""),
         "losses": [line["loss"] for line in (lines[0], lines[-1])],
     }
+
+
+def _watch(command: list[str], metrics: Path, said: Path) -> tuple[float, list[float], float]:
+    """Run a command; when it began, when each line of `metrics` appeared, when it ended.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    arrivals, size = [], 0
+    started = time.perf_counter()
+    with said.open("w", encoding="utf-8") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            if metrics.is_file() and metrics.stat().st_size > size:
+                with metrics.open("rb") as grown:
+                    grown.seek(size)
+                    new = grown.read()
+                size += len(new)
+                arrivals += [time.perf_counter()] * new.count(b"\n")
+            time.sleep(POLL_SECONDS)
+    if child.returncode != 0:
+        words = said.read_text(encoding="utf-8", errors="replace").strip()
+        raise RuntimeError(f"fitune train ended with exit code {child.returncode}: {words[-200:]}")
+    return started, arrivals, time.perf_counter()
 
 
 def _rates(lines: Sequence[dict[str, Any]], arrivals: list[float], started: float, ended: float) -> dict[str, Any]:

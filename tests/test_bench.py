@@ -1,9 +1,12 @@
 """The benchmark package: its tables, its counts, and one tiny step through the whole of it on CPU."""
 
 import json
+import random
 
 import pytest
 
+import tiny
+from bench import rows, sweep
 from bench.__main__ import main
 from bench.children import Runner
 from bench.gemm import rate_for
@@ -110,3 +113,56 @@ def test_rows_and_stacks_are_checked(capsys):
     with pytest.raises(SystemExit):
         main(["step", "--rows", "1b,2b"])
     assert "2b; allowed: 1b,1b-ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("per_token", [30_000, 150_000.0, 3_000_000])
+def test_the_longest_row_is_bracketed_in_few_tries(per_token):
+    cap, tries = 8_000_000_000, []
+
+    def probe(tokens):
+        tries.append(tokens)
+        used = 6_000_000_000 + int(per_token * -(-tokens // 1024) * 1024)  # memory grows in steps
+        return used if used <= cap else None
+
+    fits, refused = sweep.longest(probe, cap, lambda: False)
+    assert probe(fits) is not None if fits else True
+    assert probe(refused) is None or refused > sweep.LIMIT
+    assert refused - fits <= max(sweep.GRAIN, fits // 50)
+    assert len(tries) < 14
+    assert all(tokens % sweep.GRAIN == 0 for tokens in tries)
+
+
+def test_the_search_for_the_longest_row_stops_when_told():
+    assert sweep.longest(lambda tokens: tokens, 10**9, lambda: True) == (0, sweep.LIMIT + sweep.GRAIN)
+
+
+def test_real_rows_are_trained_by_the_real_command(tmp_path):
+    folder = tiny.make_model(tmp_path / "model")
+    config = model_config(folder) | {"max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    draw = random.Random(0)
+    for name in rows.FILES:
+        tiny.make_rows(tmp_path / name, draw.randrange(8, 16))
+    row = rows.ours(str(folder), str(tmp_path), 2, str(tmp_path / "out"), steps=4, device="cpu")
+    lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    counted = [json.loads(line) for line in lines][2:]
+    assert row["real_tokens_per_step"] == round(sum(line["tokens"] for line in counted) / 2)
+    assert row["slots_per_step"] >= row["real_tokens_per_step"]
+    assert 0 < row["real_tokens_per_second"] <= 1.2 * row["inside_steps_tokens_per_second"]
+    assert row["note"].startswith(("fast path", "plain path"))
+    shown = {"kind": "rows", "stack": "ours", "layout": "packed", "rows": 2, "status": "ok", **row}
+    other = shown | {"stack": "hf", "real_tokens_per_second": 2 * row["real_tokens_per_second"]}
+    assert "| 0.50 | 1.00 | >= 25,000, 4.5 GB |" in markdown([other, shown])
+
+
+def test_curves_and_lengths_are_shown():
+    errors = {"largest": 0.02, "median": 0.01, "all": 0.015}
+    one = {"kind": "curve", "case": "1b", "dtype": "bf16", "quantization": "nf4", "path": "plain", "status": "ok"}
+    one |= {"path_class": "P", "losses": [2.0, 1.0], "gradient_error_to_reference": errors}
+    two = one | {"path": "fast", "path_class": "F", "losses": [2.25, 0.5], "gradient_error_to_plain": errors}
+    fit = {"kind": "fit", "cap_gb": 8.0, "status": "ok", "tokens": 8192, "refused_tokens": 8448}
+    length = record("ours", 20.0, 3.0, path="F", micro_tokens=16384, tokens=256) | {"kind": "sweep"}
+    text = markdown([one, two, fit, length])
+    assert "| 1b | nf4 | fast | F | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 | 1.00e-02, 2.00e-02 |" in text
+    assert "| 8 | 8,192 | 8,448 | ok |" in text
+    assert "| `1b` | 16,384 | 256 | 20.0 | 102,400 | 550 | 3.00 | 3.00 | F |" in text

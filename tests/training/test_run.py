@@ -106,6 +106,7 @@ def test_other_methods_run_and_resume(tree, tmp_path, tiny_qwen, method):
 
 
 def test_a_signal_saves_and_the_resumed_run_is_the_same(tree, tmp_path, monkeypatch):
+    tree["train"]["path"] = "plain"  # which is patched below
     go(tree, output__dir=str(tmp_path / "whole"))
     real = PlainPath.loss_and_grad
     calls = []
@@ -157,6 +158,7 @@ def poison(monkeypatch, bad, value="loss"):
 
 @pytest.mark.parametrize("value", ["loss", "gradient"])
 def test_a_bad_row_is_named_and_its_step_not_applied(tree, tmp_path, monkeypatch, rows_file, value):
+    tree["train"]["path"] = "plain"  # which is patched below
     poison(monkeypatch, lambda batch: f"{rows_file}:5" in batch.sources, value)
     result = go(tree, data__eval=None)  # 24 rows in 6 steps of 4: each row once
     skipped = metrics(result.run, "skipped")
@@ -170,6 +172,7 @@ def test_a_bad_row_is_named_and_its_step_not_applied(tree, tmp_path, monkeypatch
 
 
 def test_repeated_bad_steps_stop_the_run(tree, tmp_path, monkeypatch):
+    tree["train"]["path"] = "plain"  # which is patched below
     seen = []
     poison(monkeypatch, lambda batch: seen.append(1) or len(seen) > 4)
     with pytest.raises(DivergedError, match=r"3 steps in a row.*Lower train.learning_rate"):
@@ -248,6 +251,8 @@ def test_a_run_without_checkpoint_starts_over(tree, tmp_path):
 
 
 def test_out_of_memory_says_what_to_do(tree, monkeypatch):
+    tree["train"]["path"] = "plain"  # which is patched below
+
     def full(self, batch, scale):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

@@ -35,6 +35,7 @@ def go(tree, **train):
 @pytest.mark.parametrize("moment", [1, 2, 5, 7])
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(tree, tmp_path, monkeypatch, moment):
     """The 1st to 3rd batches are the evaluation before step 1, the 5th and 7th later ones."""
+    tree["train"]["path"] = "plain"  # which is patched below
     tree["output"]["dir"] = str(tmp_path / "whole")
     go(tree)
     tree["output"]["dir"] = str(tmp_path / "run")
@@ -150,6 +151,7 @@ def test_raw_text_with_a_template_that_cannot_be_is_refused_before_training(tree
 
 
 def test_a_nan_loss_does_not_cost_the_loss_scale(tree, tmp_path, monkeypatch, rows_file):
+    tree["train"]["path"] = "plain"  # which is patched below
     real = PlainPath.loss_and_grad
 
     def poisoned(self, batch, scale):

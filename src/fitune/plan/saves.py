@@ -13,6 +13,15 @@ Level = Literal["none", "elementwise", "attention", "full"]
 LEVELS: tuple[Level, ...] = ("none", "elementwise", "attention", "full")
 
 
+def level_of(setting: bool | str) -> Level:
+    """`train.activation_checkpointing` as a level: false is `elementwise`, true is `full`."""
+    if setting is True:
+        return "full"
+    if setting is False:
+        return "elementwise"
+    return next(level for level in LEVELS if level == setting)
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """Sizes of one decoder block.
@@ -20,6 +29,7 @@ class BlockShape:
     Attributes:
         hidden, heads, kv_heads, head_dim, intermediate: as in config.json; intermediate is the MLP's inner width.
         gated: the MLP has a gate beside its up projection (swiglu).
+        qk_norm: queries and keys are normed per head.
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
     """
 
@@ -29,6 +39,7 @@ class BlockShape:
     head_dim: int
     intermediate: int
     gated: bool = True
+    qk_norm: bool = False
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
@@ -77,16 +88,16 @@ class Saved:
 def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The tensors one block keeps until its backward pass, in the order they are made.
 
-    `gate_up` and `qkv` carry the adapter columns of their group, because the backward pass overwrites them with their own
-    gradients and the adapter's part of that gradient stands beside them.
+    `h_*` are the adapters' rank-R intermediates x Aᵀ of a group: small enough to keep at every level. `qkv`, `a` and
+    `gate_up` are as wide as the GEMM that reads or overwrites them: their group's adapter columns stand at the end.
     """
     qkv, o, up, down = shape.lora
+    kept = [Saved("x", shape.hidden)]
+    kept += [Saved(f"h_{name}", width) for name, width in (("qkv", qkv), ("up", up), ("down", down)) if width]
     if level == "full":
-        return (Saved("x", shape.hidden),)
-    kept = [
-        Saved("x", shape.hidden),
+        return tuple(kept)
+    kept += [
         Saved("rstd1", 1, fp32=True),
-        *([Saved("y1", shape.hidden + qkv)] if level == "none" else []),
         Saved("qkv", shape.qkv + qkv),
         Saved("a", shape.attention + o),
         Saved("lse", shape.heads, fp32=True),
@@ -94,10 +105,64 @@ def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
         Saved("rstd2", 1, fp32=True),
     ]
     if level != "attention":
-        kept += [Saved("y2", shape.hidden + up)] if level == "none" else []
         kept += [Saved("gate_up", shape.inner + up)]
-        kept += [Saved("act", shape.intermediate + down)] if level == "none" else []
+    if level == "none":
+        kept += [
+            Saved("y1", shape.hidden + qkv),
+            Saved("y2", shape.hidden + up),
+            Saved("act", shape.intermediate + down),
+        ]
     return tuple(kept)
+
+
+def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
+    """The working set all blocks share: what is not kept at this level, and the gradients in flight.
+
+    `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output, queries,
+    keys and values. `branch` and `d` have one row more than tokens: where the head's last chunk puts its padding.
+    """
+    kept = {saved.name for saved in block_saves(shape, level)}
+    qkv, o, up, down = shape.lora
+    made = [saved for saved in block_saves(shape, "elementwise") if saved.name not in kept]
+    gradients = shape.attention + shape.qkv
+    return (
+        *made,
+        *([Saved("normed", gradients - shape.kv_heads * shape.head_dim - shape.attention)] if shape.qk_norm else []),
+        Saved("y", shape.hidden + max(qkv, up)),
+        Saved("branch", shape.hidden),
+        Saved("scratch", max(shape.intermediate + down, gradients)),
+        Saved("d", shape.hidden + max(o, down)),
+        Saved("delta", shape.heads, fp32=True),
+    )
+
+
+ONE_ROW_MORE = ("branch", "d")
+
+
+def shared_bytes(shape: BlockShape, level: Level, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of the working set for micro-steps of up to `tokens`."""
+    return sum(
+        (tokens + (saved.name in ONE_ROW_MORE)) * saved.bytes_per_token(dtype_bytes)
+        for saved in shared_buffers(shape, level)
+    )
+
+
+def head_rows(vocabulary: int, dtype_bytes: int) -> int:
+    """Rows of one head chunk: about 64 MB of logits, at least 128 and at most 4,096 rows."""
+    rows = 2**26 // (vocabulary * dtype_bytes)
+    return max(128, min(4096, 1 << max(0, rows.bit_length() - 1)))
+
+
+def head_bytes(hidden: int, vocabulary: int, dtype_bytes: int) -> int:
+    """Bytes of the head's buffers: logits, three (rows, hidden) matrices, 1/rms and loss per row."""
+    rows = head_rows(vocabulary, dtype_bytes)
+    return rows * (vocabulary * dtype_bytes + 3 * hidden * dtype_bytes + 8)
+
+
+def bucket(tokens: int, largest: int) -> int:
+    """The static size a micro-step of `tokens` runs at on a GPU: eighths of the largest, in steps of 64."""
+    step = max(64, -(-largest // (8 * 64)) * 64)
+    return min(-(-tokens // step) * step, -(-largest // 64) * 64)
 
 
 def saved_bytes(shape: BlockShape, level: Level, tokens: int, layers: int, dtype_bytes: int) -> int:

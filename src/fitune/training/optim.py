@@ -47,7 +47,16 @@ class MasterOptimizer:
         self._adam = _build_adam(list(self.masters.values()), config)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Accumulated gradients of all masters that have one."""
+        """Accumulated gradients of all masters that have one.
+
+        The engine adds to the parameters' own gradients without autograd, so no hook has moved those.
+        """
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            if parameter is not master and parameter.grad is not None:
+                gradient = parameter.grad.to(master.dtype)
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def step(self, learning_rate: float) -> None:

@@ -29,10 +29,10 @@ from fitune.methods.base import trainable
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
 from fitune.training import checkpoint, loop, samples
+from fitune.training.choose import choose_path
 from fitune.training.limits import memory_errors, process_state, set_up_device
 from fitune.training.metrics import memory_bytes, versions
 from fitune.training.optim import LossScale, MasterOptimizer
-from fitune.training.path import PlainPath, check_packing
 from fitune.training.progress import Progress
 from fitune.training.report import write_report
 from fitune.training.run_folder import RunFolder
@@ -196,8 +196,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     with memory_errors(config, "adding trainable weights", None):
         torch.manual_seed(config.train.seed)  # adapter initialisation
         model = method.apply(base, config.method)
-        if config.data.packing:
-            check_packing(model, device, list(dataset.train[:2]))
+    with memory_errors(config, "preparing the micro-steps", None):
+        path, path_note = choose_path(model, base, config, dataset)
         optimizer = MasterOptimizer(trainable(model), config.train)
     return Session(
         config=config,
@@ -206,7 +206,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
         steps=steps,
         method=method,
         model=model,
-        path=PlainPath(model, device, config.train.activation_checkpointing),
+        path=path,
+        path_note=path_note,
         optimizer=optimizer,
         device=device,
         folder=RunFolder(target),
@@ -270,6 +271,7 @@ def _introduce(session: Session) -> None:
         f"model: {config.model.path}, {config.model.dtype} on {session.device}; {config.method.name} trains "
         f"{trained:,} of {total:,} parameters ({trained / total:.4%})"
     )
+    session.display.note(session.path_note)
     _warn_without_effect(session)
 
 

@@ -36,6 +36,7 @@ RESUMABLE = frozenset(
         "train.adam_epsilon",
         "train.activation_checkpointing",
         "train.deterministic",
+        "train.path",
         "train.device",
         "train.save_every_steps",
         "train.eval_every_steps",

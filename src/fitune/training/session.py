@@ -56,7 +56,12 @@ class State:
 
 @dataclass
 class Session:
-    """Everything a step needs. `facts` identify base, data and versions; they go into every manifest."""
+    """Everything a step needs.
+
+    Attributes:
+        path_note: which path runs and why, for whoever watches.
+        facts: identify base, data and versions; they go into every manifest.
+    """
 
     config: RunConfig
     dataset: Dataset
@@ -65,6 +70,7 @@ class Session:
     method: Method
     model: nn.Module
     path: ModelPath
+    path_note: str
     optimizer: MasterOptimizer
     device: torch.device
     folder: RunFolder

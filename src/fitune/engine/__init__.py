@@ -1,0 +1,1 @@
+"""The fast path: one decoder block with an explicit backward pass (docs/engine.md)."""

@@ -1,0 +1,56 @@
+"""Every activation of the engine lives in a buffer that is declared in plan/saves.py and allocated once.
+
+Kept tensors have one buffer per block, the others one that all blocks share. A buffer is made for the largest
+micro-step; smaller ones use a part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fitune.plan.saves import ONE_ROW_MORE, BlockShape, Level, Saved, block_saves, shared_buffers
+
+
+class Buffers:
+    """Buffers of `layers` blocks for micro-steps of up to `capacity` tokens.
+
+    Memory: exactly capacity * (layers * what `block_saves` lists + what `shared_buffers` lists).
+    """
+
+    def __init__(
+        self, shape: BlockShape, level: Level, layers: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = capacity
+        self._dtype, self._device = dtype, device
+        self._shared = {saved.name: self._make(saved) for saved in shared_buffers(shape, level)}
+        self._kept = [{s.name: self._make(s) for s in block_saves(shape, level)} for _ in range(layers)]
+        self._widths = {s.name: s.width for s in (*shared_buffers(shape, level), *block_saves(shape, level))}
+
+    def _make(self, saved: Saved) -> torch.Tensor:
+        dtype = torch.float32 if saved.fp32 else self._dtype
+        rows = self.capacity + (saved.name in ONE_ROW_MORE)
+        return torch.empty(rows * saved.width, dtype=dtype, device=self._device)
+
+    def kept_bytes(self) -> int:
+        """Bytes of all per-block buffers."""
+        return sum(t.numel() * t.element_size() for kept in self._kept for t in kept.values())
+
+    def shared_bytes(self) -> int:
+        """Bytes of the buffers all blocks share."""
+        return sum(t.numel() * t.element_size() for t in self._shared.values())
+
+    def block(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Buffers of one block as (tokens, width) matrices; per-head statistics (fp32) as (width, tokens)."""
+        views = {}
+        for name, flat in (self._shared | self._kept[layer]).items():
+            width = self._widths[name]
+            rows = (width, tokens) if name in ("lse", "delta") else (tokens, width)
+            views[name] = flat[: tokens * width].view(rows)
+        for name in ("rstd1", "rstd2"):
+            views[name] = views[name].view(tokens)
+        return views
+
+    def with_spare_row(self, name: str, tokens: int) -> torch.Tensor:
+        """`branch` or `d` as (tokens + 1, width)."""
+        width = self._widths[name]
+        return self._shared[name][: (tokens + 1) * width].view(tokens + 1, width)

@@ -1,0 +1,74 @@
+"""Final norm, output head and cross-entropy on supervised positions, in chunks, with the input gradient made at once.
+
+Logits exist for one chunk of M rows in the model's dtype; the loss kernel turns them into their own gradient in place,
+so no probability and no fp32 copy is ever stored (the head is frozen: nothing else needs them).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fitune.kernels.cross_entropy import cross_entropy_, loss_only
+from fitune.kernels.norm import Norm, add_norm, norm_backward
+from fitune.plan.saves import head_rows
+
+IGNORE = -100
+
+
+class Head:
+    """The end of a causal model.
+
+    Args:
+        norm: the final norm.
+        linear: the output head (frozen, not quantized).
+    Memory: `plan.saves.head_bytes`.
+    """
+
+    def __init__(self, norm: Norm, linear: Any) -> None:
+        self._norm = norm
+        self._weight_VH = linear.weight.detach()
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        vocabulary, hidden = self._weight_VH.shape
+        dtype, device = self._weight_VH.dtype, self._weight_VH.device
+        self.rows = head_rows(vocabulary, dtype.itemsize)
+        self._logits_MV = torch.empty(self.rows, vocabulary, dtype=dtype, device=device)
+        self._x_MH, self._y_MH, self._d_MH = (torch.empty(self.rows, hidden, dtype=dtype, device=device) for _ in "xyd")
+        self._rstd_M, self._loss_M = (torch.empty(self.rows, device=device) for _ in "rl")
+
+    def chunk(
+        self,
+        final_TH: torch.Tensor,
+        index_M: torch.Tensor,
+        targets_M: torch.Tensor,
+        loss_sum: torch.Tensor,
+        gradient: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Loss of up to `rows` positions, added to `loss_sum`; their gradient into rows of `d`.
+
+        Args:
+            final_TH: output of the last block.
+            index_M: which rows; may repeat a spare row where targets_M is -100.
+            gradient: (scale, d_TH): fp32 scalar that multiplies all gradients, and where they go. None: loss only.
+        """
+        m = index_M.shape[0]
+        x, y, d, logits = self._x_MH[:m], self._y_MH[:m], self._d_MH[:m], self._logits_MV[:m]
+        rstd, loss = self._rstd_M[:m], self._loss_M[:m]
+        torch.index_select(final_TH, 0, index_M, out=x)
+        add_norm(x, None, self._norm, None, y, rstd, None)
+        if self._bias is None:
+            torch.mm(y, self._weight_VH.t(), out=logits)
+        else:
+            torch.addmm(self._bias, y, self._weight_VH.t(), out=logits)
+        if gradient is None:
+            loss_only(logits, targets_M, loss)
+            loss_sum.add_(loss.sum())
+            return
+        scale, d_TH = gradient
+        cross_entropy_(logits, targets_M, scale, loss)
+        loss_sum.add_(loss.sum())
+        torch.mm(logits, self._weight_VH, out=y)
+        d.zero_()
+        norm_backward(y, x, self._norm, rstd, None, d, None)
+        d_TH.index_copy_(0, index_M, d)

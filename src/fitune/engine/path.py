@@ -1,0 +1,295 @@
+"""The fast path as the loop sees it: a batch goes in, a loss sum comes out, gradients are added.
+
+All rows of a batch stand one after another without padding. On a GPU a micro-step is three CUDA graphs over static
+buffers: blocks forward, one head chunk (replayed as often as there are chunks with supervised rows), blocks backward;
+they are captured once per static size. On CPU the same functions run directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitune.data.batches import IGNORE, Batch
+from fitune.engine.block import Block, Tokens, epsilon
+from fitune.engine.buffers import Buffers
+from fitune.engine.groups import Scratch
+from fitune.engine.head import Head
+from fitune.engine.spec import base_of, block_shape, block_spec, rotary_tables
+from fitune.kernels.attention import Documents
+from fitune.kernels.norm import Norm
+from fitune.kernels.rope import Rotary
+from fitune.plan.saves import Level, bucket
+
+FIELDS = ("ids", "positions", "start", "end", "index", "targets")  # what travels to the device, one row each
+
+
+class EnginePath:
+    """Forward and backward of micro-batches through the engine's block (see `training.path.Path`).
+
+    Args:
+        model: a transformers model of a family in `engine.spec.SPECS`, wrapped by PEFT with LoRA, on its device.
+        level: what is kept for the backward pass.
+        max_tokens: of the largest micro-step; a larger one makes the buffers grow.
+        max_position: longest row.
+
+    Raises:
+        Unsupported: the model or method is not for the engine.
+    """
+
+    def __init__(self, model: nn.Module, model_type: str, level: Level, max_tokens: int, max_position: int) -> None:
+        spec = block_spec(model, model_type)
+        base = base_of(model)
+        self._embedding_VH = base.get_input_embeddings().weight.detach()
+        self.device, self.dtype = self._embedding_VH.device, self._embedding_VH.dtype
+        self.level = level
+        scratch = Scratch(self.dtype, self.device)
+        self.blocks = [Block(layer, spec, level, self.dtype, scratch) for layer in base.model.layers]
+        columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
+        self.shape = block_shape(model, spec, columns)  # type: ignore[arg-type]
+        self._lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
+        for block in self.blocks:
+            block.shape = self.shape
+        self.blocks[self._lowest].first = True
+        final = base.model.norm
+        self._head = Head(Norm(final.weight.detach(), None, epsilon(final)), base.get_output_embeddings())
+        cos, sin = rotary_tables(model, max_position, self.dtype)
+        self._rotary = Rotary(cos, sin, self.shape.head_dim, spec.interleaved)
+        self._scale = torch.ones((), device=self.device)
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._attach_gradients()
+        self._graphs: dict[int, dict[str, Any]] = {}
+        self.reserve(max_tokens)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """See `training.path.Path.loss`."""
+        return self._run(batch, None)
+
+    def loss_and_grad(self, batch: Batch, scale: float) -> torch.Tensor:
+        """See `training.path.Path.loss_and_grad`."""
+        return self._run(batch, scale)
+
+    def _attach_gradients(self) -> None:
+        """One flat fp32 buffer holds all adapters' gradients; parameters' .grad are views of it."""
+        groups = [group for block in self.blocks for group in block.groups.values()]
+        total = sum(a.A.numel() + a.B.numel() for group in groups for a in group.trained)
+        self._gradients = torch.zeros(total, device=self.device)
+        self._parameters: list[tuple[nn.Parameter, torch.Tensor]] = []
+        at = 0
+        for group in groups:
+            pairs = []
+            for adapter in group.trained:
+                views = []
+                for parameter in (adapter.A, adapter.B):
+                    view = self._gradients[at : at + parameter.numel()].view(parameter.shape)
+                    at += parameter.numel()
+                    self._parameters.append((parameter, view))
+                    views.append(view)
+                pairs.append((views[0], views[1]))
+            group.use_gradients(pairs)
+
+    def _claim_gradients(self) -> None:
+        """The optimizer drops gradients between steps; ours are static, so they are zeroed and given back."""
+        fresh = [(parameter, view) for parameter, view in self._parameters if parameter.grad is None]
+        if len(fresh) == len(self._parameters):
+            self._gradients.zero_()
+        else:
+            for _, view in fresh:
+                view.zero_()
+        for parameter, view in fresh:
+            parameter.grad = view
+
+    def reserve(self, tokens: int) -> None:
+        """Make buffers for micro-steps of up to `tokens` tokens; a larger one makes them grow later."""
+        self._graphs.clear()
+        self._buffers: Buffers | None = None  # freed before the larger ones are made
+        capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
+        kept = len(self.blocks) - self._lowest
+        self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
+        self._documents = torch.zeros(2, capacity, dtype=torch.int32, device=self.device)
+        padded = -(-capacity // self._head.rows) * self._head.rows
+        self._inputs = torch.zeros(len(FIELDS), max(capacity, padded), dtype=torch.int64, device=self.device)
+        self._staging = _Staging(self._inputs)
+
+    def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
+        rows, tokens = flatten(batch)
+        assert self._buffers is not None
+        if tokens > self._buffers.capacity:
+            self.reserve(tokens)
+        if scale is not None:
+            self._claim_gradients()
+            self._scale.fill_(scale)
+        self._loss_sum.zero_()
+        with torch.no_grad():
+            if self.device.type == "cuda":
+                self._replay(rows, tokens, scale is not None)
+            else:
+                self._direct(rows, tokens, scale is not None)
+        return self._loss_sum.clone()
+
+    def _direct(self, rows: dict[str, torch.Tensor], tokens: int, backward: bool) -> None:
+        """One micro-step at its own size."""
+        self._load(rows, tokens, tokens)
+        self._forward(tokens)
+        if backward:
+            self._spare("d", tokens).zero_()
+        count = rows["index"].numel()
+        for at in range(0, count, self._head.rows):
+            stop = min(at + self._head.rows, count)
+            self._head_chunk(tokens, self._inputs[4, at:stop], self._inputs[5, at:stop], backward)
+        if backward:
+            self._backward(tokens)
+
+    def _load(self, rows: dict[str, torch.Tensor], tokens: int, size: int) -> None:
+        """Copy a micro-step's integers to the device, padded to its static size."""
+        self._staging.send(rows, tokens, size, self._head.rows)
+
+    def _tokens(self, tokens: int) -> Tokens:
+        documents = Documents(self._documents[0, :tokens], self._documents[1, :tokens])
+        return Tokens(self._inputs[1, :tokens], documents, self._rotary)
+
+    def _views(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        assert self._buffers is not None
+        return self._buffers.block(max(0, layer - self._lowest), tokens)
+
+    def _spare(self, name: str, tokens: int) -> torch.Tensor:
+        assert self._buffers is not None
+        return self._buffers.with_spare_row(name, tokens)[:, : self.shape.hidden]
+
+    def _forward(self, tokens: int) -> None:
+        """Token ids to the output of the last block, in `branch`."""
+        self._documents[:, :tokens].copy_(self._inputs[2:4, :tokens])
+        where = self._tokens(tokens)
+        residual = None
+        for layer, block in enumerate(self.blocks):
+            block.refresh()
+            views = self._views(layer, tokens)
+            if layer == 0:
+                torch.index_select(self._embedding_VH, 0, self._inputs[0, :tokens], out=views["x"])
+            block.forward(views, where, residual)
+            residual = views["mid"]
+        assert residual is not None
+        torch.add(residual, views["branch"], out=views["branch"])
+
+    def _head_chunk(self, tokens: int, index: torch.Tensor, targets: torch.Tensor, backward: bool) -> None:
+        gradient = (self._scale, self._spare("d", tokens)) if backward else None
+        self._head.chunk(self._spare("branch", tokens), index, targets, self._loss_sum, gradient)
+
+    def _backward(self, tokens: int) -> None:
+        """Gradient of the last block's output, in `d`, to the gradients of all adapters."""
+        where = self._tokens(tokens)
+        for layer in range(len(self.blocks) - 1, self._lowest - 1, -1):
+            self.blocks[layer].backward(self._views(layer, tokens), where)
+
+    def _replay(self, rows: dict[str, torch.Tensor], tokens: int, backward: bool) -> None:
+        """One micro-step at the next static size, through captured graphs."""
+        assert self._buffers is not None
+        size = bucket(tokens, self._buffers.capacity)
+        self._load(rows, tokens, size)
+        graphs = self._graphs.get(size)
+        if graphs is None:
+            graphs = self._graphs[size] = self._capture(size)
+            self._load(rows, tokens, size)
+            self._loss_sum.zero_()
+        graphs["forward"].replay()
+        for _ in range(-(-rows["index"].numel() // self._head.rows)):
+            graphs["head" if backward else "loss"].replay()
+        if backward:
+            graphs["backward"].replay()
+
+    def _capture(self, size: int) -> dict[str, Any]:
+        """Graphs of one static size. A first direct run compiles kernels and makes library handles."""
+        chunk = torch.zeros(1, dtype=torch.int64, device=self.device)
+        index_CM, targets_CM = (self._inputs[row].view(-1, self._head.rows) for row in (4, 5))
+
+        def forward() -> None:
+            chunk.zero_()
+            self._spare("d", size).zero_()
+            self._forward(size)
+
+        def head(backward: bool) -> Callable[[], None]:
+            def run() -> None:
+                index = torch.index_select(index_CM, 0, chunk).view(-1)
+                targets = torch.index_select(targets_CM, 0, chunk).view(-1)
+                self._head_chunk(size, index, targets, backward)
+                chunk.add_(1)
+
+            return run
+
+        steps = {"forward": forward, "loss": head(False), "head": head(True), "backward": lambda: self._backward(size)}
+        kept = self._gradients.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for run in steps.values():
+                chunk.zero_()
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._gradients.copy_(kept)
+        graphs: dict[str, Any] = {"chunk": chunk}
+        for name, run in steps.items():
+            graphs[name] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[name]):
+                run()
+        return graphs
+
+
+class _Staging:
+    """Page-locked copies of a micro-step's integers, a few in turn, so that the host never waits for the device."""
+
+    def __init__(self, inputs: torch.Tensor, slots: int = 4) -> None:
+        self._inputs = inputs
+        self._cuda = inputs.is_cuda
+        self._slots = [torch.zeros(inputs.shape, dtype=inputs.dtype, pin_memory=self._cuda) for _ in range(slots)]
+        self._sent: list[Any] = [None] * slots
+        self._next = 0
+
+    def send(self, rows: dict[str, torch.Tensor], tokens: int, size: int, chunk: int) -> None:
+        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row."""
+        slot, self._next = self._next, (self._next + 1) % len(self._slots)
+        if self._sent[slot] is not None:
+            self._sent[slot].synchronize()
+        staged = self._slots[slot]
+        for row, name in enumerate(FIELDS[:4]):
+            staged[row, :tokens] = rows[name]
+        staged[0, tokens:size] = 0
+        staged[1, tokens:size] = 0
+        staged[2, tokens:size], staged[3, tokens:size] = tokens, size
+        count = rows["index"].numel()
+        padded = -(-count // chunk) * chunk if self._cuda else count
+        staged[4, :count], staged[4, count:padded] = rows["index"], size
+        staged[5, :count], staged[5, count:padded] = rows["targets"], IGNORE
+        self._inputs.copy_(staged, non_blocking=self._cuda)
+        if self._cuda:
+            self._sent[slot] = torch.cuda.Event()
+            self._sent[slot].record()
+
+
+def flatten(batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
+    """The real tokens of a padded or packed batch one after another, on the host.
+
+    Returns:
+        `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one
+        past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. And T.
+    """
+    ids, labels, positions = batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT
+    if batch.attention_mask_BT is not None:
+        real = batch.attention_mask_BT.bool()
+        ids, labels, positions = ids[real], labels[real], positions[real]
+    ids, labels, positions = ids.reshape(-1), labels.reshape(-1), positions.reshape(-1)
+    tokens = ids.numel()
+    starts = (positions == 0).nonzero().view(-1)
+    lengths = torch.diff(starts, append=torch.tensor([tokens]))
+    (index,) = (labels[1:] != IGNORE).nonzero(as_tuple=True)
+    rows = {
+        "ids": ids,
+        "positions": positions,
+        "start": starts.repeat_interleave(lengths),
+        "end": (starts + lengths).repeat_interleave(lengths),
+        "index": index,
+        "targets": labels[index + 1],
+    }
+    return rows, tokens

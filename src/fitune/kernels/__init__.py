@@ -1,0 +1,1 @@
+"""Functions over caller-given buffers: a plain PyTorch body each, and a Triton body for CUDA."""

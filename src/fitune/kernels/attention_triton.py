@@ -1,0 +1,197 @@
+"""Launches of the attention kernels: block sizes by head width and GPU generation.
+
+The table holds what `scripts/measure_attention.py` found best on one GPU of each generation it was run on; a generation
+without a row takes the next older one's, which needs no more shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fitune.kernels.attention import QKV, Scoring
+from fitune.kernels.attention_tiles import dkv_kernel, dq_kernel, forward_kernel
+
+Pass = Literal["forward", "dq", "dkv"]
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut: rows of queries and keys per block, warps, pipeline stages, and how blocks are fetched.
+
+    `tma` fetches the blocks of the loop with Hopper's copy unit; it needs a head width that is a power of two and rows
+    that start on 16 bytes, and is left out where they do not. `specialize` gives fetching and computing their own warps.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = False
+    specialize: bool = False
+
+
+# (oldest compute capability, largest head width padded to a power of two) -> tile; the first that applies is taken
+_TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
+    "forward": {
+        (90, 64): Tile(128, 128, 8, 3),
+        (90, 128): Tile(128, 128, 8, 2),
+        (90, 256): Tile(128, 64, 8, 2),
+        (86, 64): Tile(128, 64, 4, 2),
+        (86, 128): Tile(128, 32, 4, 2),
+        (86, 256): Tile(64, 32, 4, 1),
+        (80, 64): Tile(128, 64, 4, 3),
+        (80, 128): Tile(128, 64, 8, 2),
+        (80, 256): Tile(64, 32, 4, 2),
+        (75, 64): Tile(64, 64, 4, 1),
+        (75, 128): Tile(64, 32, 4, 1),
+        (75, 256): Tile(32, 16, 4, 1),
+    },
+    "dq": {
+        (90, 64): Tile(128, 64, 4, 3),
+        (90, 128): Tile(128, 64, 8, 2),
+        (90, 256): Tile(64, 32, 4, 2),
+        (86, 64): Tile(64, 64, 4, 2),
+        (86, 128): Tile(64, 32, 4, 2),
+        (86, 256): Tile(32, 16, 4, 1),
+        (80, 64): Tile(128, 64, 8, 2),
+        (80, 128): Tile(64, 64, 4, 2),
+        (80, 256): Tile(32, 32, 4, 2),
+        (75, 64): Tile(64, 32, 4, 1),
+        (75, 128): Tile(32, 32, 4, 1),
+        (75, 256): Tile(16, 16, 4, 1),
+    },
+    "dkv": {
+        (90, 64): Tile(64, 128, 8, 3),
+        (90, 128): Tile(64, 128, 8, 2),
+        (90, 256): Tile(32, 64, 8, 2),
+        (86, 64): Tile(32, 64, 4, 2),
+        (86, 128): Tile(32, 64, 4, 2),
+        (86, 256): Tile(16, 32, 4, 1),
+        (80, 64): Tile(32, 128, 4, 2),
+        (80, 128): Tile(32, 64, 4, 2),
+        (80, 256): Tile(16, 32, 4, 2),
+        (75, 64): Tile(32, 64, 4, 1),
+        (75, 128): Tile(16, 32, 4, 1),
+        (75, 256): Tile(16, 16, 4, 1),
+    },
+}
+# fp32 has no tensor core that keeps its precision, and twice the bytes
+_FP32_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+
+
+def tile_of(step: Pass, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
+    """The tile for one kernel: heads of `width` elements of `dtype` on a GPU of that compute capability."""
+    if dtype == torch.float32:
+        return next(tile for widest, tile in _FP32_TILES.items() if width <= widest)
+    generation = min(capability[0] * 10 + capability[1], 90) if capability[0] in (7, 8, 9, 10) else 86
+    table = _TILES[step].items()
+    return next(tile for (oldest, widest), tile in table if generation >= oldest and width <= widest)
+
+
+def attention_triton(
+    qkv: QKV, scoring: Scoring, out_Thd: torch.Tensor, lse_hT: torch.Tensor, tile: Tile | None = None
+) -> None:
+    """`attention` on CUDA in one launch; `tile` is for tests and measurements."""
+    tile = tile or _tile_for("forward", qkv)
+    tokens, heads, _ = qkv.q_Thd.shape
+    k, v = _loop_inputs([qkv.k_Tgd, qkv.v_Tgd], tile.keys, tile)
+    forward_kernel[(heads, triton.cdiv(tokens, tile.rows))](
+        qkv.q_Thd, k, v, out_Thd, lse_hT, scoring.documents.start_T, _slopes(scoring, lse_hT),
+        qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0), out_Thd.stride(0),
+        tokens, scoring.scale, **_constants(qkv, scoring, tile, k),
+    )  # fmt: skip
+
+
+def attention_backward_triton(
+    qkv: QKV,
+    scoring: Scoring,
+    dout_Thd: torch.Tensor,
+    out_Thd: torch.Tensor,
+    lse_hT: torch.Tensor,
+    dqkv: QKV,
+    delta_hT: torch.Tensor,
+) -> None:
+    """`attention_backward` on CUDA in two launches."""
+    queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, delta_hT)
+    keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, delta_hT)
+
+
+def queries_backward_triton(
+    qkv: QKV,
+    scoring: Scoring,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    dqkv: QKV,
+    delta_hT: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """The first launch of the backward pass: `dqkv.q_Thd` and `delta_hT`; saved is dout_Thd, out_Thd, lse_hT."""
+    tile = tile or _tile_for("dq", qkv)
+    dout_Thd, out_Thd, lse_hT = saved
+    tokens, heads, _ = qkv.q_Thd.shape
+    k, v = _loop_inputs([qkv.k_Tgd, qkv.v_Tgd], tile.keys, tile)
+    dq_kernel[(heads, triton.cdiv(tokens, tile.rows))](
+        qkv.q_Thd, k, v, out_Thd, dout_Thd, dqkv.q_Thd, lse_hT, delta_hT,
+        scoring.documents.start_T, _slopes(scoring, lse_hT),
+        qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
+        out_Thd.stride(0), dout_Thd.stride(0), dqkv.q_Thd.stride(0),
+        tokens, scoring.scale, **_constants(qkv, scoring, tile, k),
+    )  # fmt: skip
+
+
+def keys_backward_triton(
+    qkv: QKV,
+    scoring: Scoring,
+    saved: tuple[torch.Tensor, torch.Tensor],
+    dqkv: QKV,
+    delta_hT: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """The second launch: `dqkv.k_Tgd` and `dqkv.v_Tgd` from the first one's `delta_hT`; saved is dout_Thd, lse_hT."""
+    tile = tile or _tile_for("dkv", qkv)
+    dout_Thd, lse_hT = saved
+    tokens, kv_heads, _ = qkv.k_Tgd.shape
+    q, dout = _loop_inputs([qkv.q_Thd, dout_Thd], tile.rows, tile)
+    dkv_kernel[(kv_heads, triton.cdiv(tokens, tile.keys))](
+        q, qkv.k_Tgd, qkv.v_Tgd, dout, dqkv.k_Tgd, dqkv.v_Tgd, lse_hT, delta_hT,
+        scoring.documents.end_T, _slopes(scoring, lse_hT),
+        qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
+        dout_Thd.stride(0), dqkv.k_Tgd.stride(0), dqkv.v_Tgd.stride(0),
+        tokens, scoring.scale, **_constants(qkv, scoring, tile, q),
+    )  # fmt: skip
+
+
+def _tile_for(step: Pass, qkv: QKV) -> Tile:
+    q_Thd = qkv.q_Thd
+    return tile_of(step, q_Thd.shape[2], q_Thd.dtype, torch.cuda.get_device_capability(q_Thd.device))
+
+
+def _slopes(scoring: Scoring, unused: torch.Tensor) -> torch.Tensor:
+    return unused if scoring.slopes_h is None else scoring.slopes_h  # a kernel without slopes never reads the pointer
+
+
+def _loop_inputs(sources: list[torch.Tensor], rows: int, tile: Tile) -> list[Any]:
+    """Descriptors of both if the tile wants them and both can have them, else the tensors."""
+    width = sources[0].shape[2]
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in sources)
+    if not tile.tma or not aligned or width != triton.next_power_of_2(width):
+        return list(sources)
+    return [TensorDescriptor(x, [len(x), x.shape[1] * width], [x.stride(0), 1], [rows, width]) for x in sources]
+
+
+def _constants(qkv: QKV, scoring: Scoring, tile: Tile, source: object) -> dict[str, Any]:
+    width = qkv.q_Thd.shape[2]
+    return {
+        "GROUP": qkv.q_Thd.shape[1] // qkv.k_Tgd.shape[1],
+        "D": width,
+        "WIDTH": max(triton.next_power_of_2(width), 16),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "ALIBI": scoring.slopes_h is not None,
+        "TMA": isinstance(source, TensorDescriptor),
+        "SPECIALIZE": tile.specialize,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

@@ -1,0 +1,98 @@
+"""Which path a run takes, and the proof that the fast one computes what the plain one does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fitune.config import RunConfig
+from fitune.data.batches import pack
+from fitune.data.prepare import Dataset, Row
+from fitune.engine.path import EnginePath
+from fitune.engine.spec import Unsupported
+from fitune.errors import ConfigError, FituneError
+from fitune.methods.base import trainable
+from fitune.model.load import Base
+from fitune.plan.saves import level_of
+from fitune.training.path import Path, PlainPath, check_packing
+
+CHECK_TOKENS = 256
+# Largest relative difference of loss and of all adapter gradients together. 16-bit paths round differently (the engine
+# keeps adapters in the base's dtype for the products, PEFT in fp32); a wrong kernel is off by tens of percent.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Dataset) -> tuple[Path, str]:
+    """The path of a run and one line that says which and why.
+
+    Raises:
+        ConfigError: train.path=fast cannot be had, or packing cannot.
+        FituneError: fast and plain path disagree.
+    """
+    device = next(model.parameters()).device
+    level = level_of(config.train.activation_checkpointing)
+    reason = "train.path=plain"
+    if config.train.path != "plain":
+        try:
+            engine = EnginePath(model, base.model_type, level, CHECK_TOKENS, config.data.max_length)
+            check = self_check(model, engine, dataset.train[0])
+            engine.reserve(largest_micro_step(config, dataset))
+            return engine, f"fast path: {base.model_type} block, keeps `{level}`; {check}"
+        except Unsupported as unsupported:
+            reason = str(unsupported)
+            if config.train.path == "fast":
+                raise ConfigError(
+                    f"train.path=fast, but the engine cannot run this: {reason}; use train.path=auto or plain"
+                ) from unsupported
+    if config.data.packing:
+        check_packing(model, device, list(dataset.train[:2]))
+    return PlainPath(model, device, level in ("attention", "full")), f"plain path: {reason}"
+
+
+def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:
+    """Upper bound of the tokens in one micro-batch of this data."""
+    lengths = sorted((row.num_tokens for row in (*dataset.train, *dataset.eval)), reverse=True)
+    if not config.data.packing:
+        return sum(lengths[: config.train.micro_batch_rows or 4])
+    capacity = config.train.micro_batch_tokens or 2 * config.data.max_length
+    return max(lengths[0], min(capacity, sum(lengths)))
+
+
+def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
+    """One row of at most 256 tokens through both paths: loss and adapter gradients, with a random B.
+
+    Returns:
+        One phrase with the differences found.
+    Raises:
+        FituneError: they differ by more than the dtype's rounding explains.
+    """
+    count = min(CHECK_TOKENS, row.num_tokens)
+    batch = pack([Row(row.input_ids[:count], bytes([0]) + bytes([1]) * (count - 1), row.source)])
+    parameters = trainable(model)
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if ".lora_B." in name:  # zero at the start, which would leave A without gradient
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    results = []
+    for path in (PlainPath(model, engine.device), engine):
+        loss = path.loss_and_grad(batch, 1.0 / count).item() / count
+        gradient = torch.cat([p.grad.detach().float().flatten() for p in parameters.values() if p.grad is not None])
+        results.append((loss, gradient.clone()))
+        for parameter in parameters.values():
+            parameter.grad = None
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(kept[name])
+    model.train()
+    (loss, gradient), (fast_loss, fast_gradient) = results
+    off = abs(fast_loss - loss) / abs(loss)
+    gradient_off = ((fast_gradient - gradient).norm() / gradient.norm()).item()
+    if not max(off, gradient_off) <= TOLERANCE[engine.dtype]:
+        raise FituneError(
+            f"the fast path disagrees with the plain path on this machine: loss {fast_loss:.6g} and {loss:.6g}, "
+            f"adapter gradients differ by {gradient_off:.2%}; nothing was trained. Use train.path=plain, and please "
+            "report this"
+        )
+    return f"equals the plain path on {count} tokens to {off:.0e} (loss) and {gradient_off:.0e} (gradients)"

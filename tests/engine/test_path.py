@@ -1,0 +1,263 @@
+"""The engine against the plain path on models of each family: same loss, same gradients, the declared memory."""
+
+from array import array
+
+import pytest
+import torch
+import transformers
+
+from fitune.config import build
+from fitune.data.batches import pack, pad
+from fitune.data.prepare import Row
+from fitune.engine.path import EnginePath, flatten
+from fitune.engine.spec import Unsupported
+from fitune.methods import METHODS
+from fitune.methods.base import trainable
+from fitune.model.load import Base
+from fitune.plan.saves import LEVELS, head_bytes, saved_bytes, shared_bytes
+from fitune.training.path import PlainPath
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama3": lambda: transformers.LlamaConfig(
+        **SIZES,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
+    "glm": lambda: transformers.GlmConfig(**SIZES, head_dim=16, partial_rotary_factor=0.5, attention_bias=True),
+}
+TARGETS = {
+    "attention": "attention",
+    "linear": "linear",
+    "output and down": ["o_proj", "down_proj"],
+    "up alone": ["up_proj"],
+}
+
+
+def make(kind, targets="linear", dtype=torch.float32, rank=4):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
+    with torch.no_grad():  # ones and zeros would hide mistakes in them
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.requires_grad_(False)
+    base = Base(model, None, model.config.model_type, SIZES["vocab_size"], "")
+    config = build({"model": {"path": "x"}, "method": {"name": "lora", "r": rank, "target_modules": targets}})
+    model = METHODS["lora"].apply(base, config.method)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.normal_(std=0.1)
+    return model, base.model_type
+
+
+def make_rows(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number, length in enumerate(lengths):
+        ids = array("i", torch.randint(3, SIZES["vocab_size"], (length,), generator=generator).tolist())
+        learn = bytes([0, *torch.randint(0, 2, (length - 1,), generator=generator).tolist()])
+        rows.append(Row(ids, learn, f"row {number}"))
+    return rows
+
+
+def run(path, model, batch, scale=0.37):
+    for parameter in trainable(model).values():
+        parameter.grad = None
+    loss = path.loss_and_grad(batch, scale)
+    return loss.item(), {name: p.grad.detach().clone() for name, p in trainable(model).items()}
+
+
+def difference(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def compare(model, engine, batch, bound):
+    plain_loss, plain = run(PlainPath(model, engine.device), model, batch)
+    loss, fast = run(engine, model, batch)
+    assert loss == pytest.approx(plain_loss, rel=bound)
+    for name in plain:
+        assert difference(fast[name], plain[name]) <= bound, name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_to_the_plain_path(kind, targets, level):
+    names = TARGETS[targets]
+    if kind == "glm" and targets == "up alone":
+        names = ["gate_up_proj"]
+    model, model_type = make(kind, names)
+    engine = EnginePath(model, model_type, level, 64, 128)
+    rows = make_rows([17, 5, 30, 2])
+    compare(model, engine, pack(rows), 1e-5)
+    compare(model, engine, pad(rows, 0), 1e-5)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_to_the_plain_path_on_a_gpu(kind, level):
+    """Graphs of several sizes, replayed in turn; fp32 with exact products."""
+    model, model_type = make(kind)
+    model.cuda()
+    engine = EnginePath(model, model_type, level, 512, 128)
+    small, large = make_rows([17, 5, 30, 2]), make_rows([100, 60, 120, 33, 90, 2, 7])
+    for rows in (small, large, small, large):
+        compare(model, engine, pack(rows), 1e-5)
+    compare(model, engine, pad(small, 0), 1e-5)
+    assert engine.loss(pack(large)).item() == pytest.approx(
+        PlainPath(model, engine.device).loss(pack(large)).item(), rel=1e-6
+    )
+
+
+def test_weights_that_became_views_serve_the_plain_path():
+    model, model_type = make("qwen2")
+    batch = pack(make_rows([9, 12]))
+    before = run(PlainPath(model, torch.device("cpu")), model, batch)
+    EnginePath(model, model_type, "full", 64, 128)
+    after = run(PlainPath(model, torch.device("cpu")), model, batch)
+    assert after[0] == pytest.approx(before[0], rel=1e-6)
+    for name in before[1]:
+        assert difference(after[1][name], before[1][name]) < 1e-6
+
+
+def test_upper_layers_only_stop_at_the_lowest_adapter():
+    model, model_type = make("llama")
+    for name, parameter in model.named_parameters():
+        if ".layers.0." in name or ".layers.1." in name:
+            parameter.requires_grad_(False)
+    # Frozen adapters still act; only layer 2 gets gradients.
+    engine = EnginePath(model, model_type, "elementwise", 64, 128)
+    compare(model, engine, pack(make_rows([17, 5])), 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_only_what_is_declared_reaches_the_backward_pass(level):
+    """Everything that is not declared as kept is poisoned between the passes; the gradients stay the same."""
+    model, model_type = make("qwen3")
+    engine = EnginePath(model, model_type, level, 64, 128)
+    batch = pack(make_rows([17, 5, 30]))
+    expected = run(engine, model, batch)
+    backward = engine._backward
+
+    def poisoned(tokens):
+        kept_d = engine._spare("d", tokens).clone()
+        for buffer in engine._buffers._shared.values():
+            buffer.fill_(float("nan"))
+        engine._spare("d", tokens).copy_(kept_d)
+        backward(tokens)
+
+    engine._backward = poisoned
+    loss, gradients = run(engine, model, batch)
+    assert loss == expected[0]
+    for name in gradients:
+        assert torch.equal(gradients[name], expected[1][name]), name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_the_declared_ones(level, dtype):
+    model, model_type = make("qwen3", dtype=dtype)
+    engine = EnginePath(model, model_type, level, 48, 128)
+    layers, size = SIZES["num_hidden_layers"], dtype.itemsize
+    assert engine._buffers.kept_bytes() == saved_bytes(engine.shape, level, 48, layers, size)
+    assert engine._buffers.shared_bytes() == shared_bytes(engine.shape, level, 48, size)
+    head = engine._head
+    tensors = (head._logits_MV, head._x_MH, head._y_MH, head._d_MH, head._rstd_M, head._loss_M)
+    assert sum(t.numel() * t.element_size() for t in tensors) == head_bytes(64, SIZES["vocab_size"], size)
+
+
+def test_bf16_is_as_close_to_fp32_as_the_plain_path():
+    reference, _ = make("llama", "linear")
+    batch = pack(make_rows([17, 5, 30, 2]))
+    _, exact = run(PlainPath(reference, torch.device("cpu")), reference, batch)
+    model, model_type = make("llama", "linear", torch.bfloat16)
+    engine = EnginePath(model, model_type, "elementwise", 64, 128)
+    _, plain = run(PlainPath(model, torch.device("cpu")), model, batch)
+    _, fast = run(engine, model, batch)
+    error = {name: (difference(fast[name], exact[name]), difference(plain[name], exact[name])) for name in exact}
+    total = [sum(pair[i] for pair in error.values()) for i in (0, 1)]
+    # The plain path computes adapters in fp32, the engine in bf16 as autocast would.
+    assert total[0] <= 2 * total[1], error
+
+
+def test_gradients_accumulate_over_micro_steps_and_restart_after_the_step():
+    model, model_type = make("llama")
+    engine = EnginePath(model, model_type, "elementwise", 64, 128)
+    plain = PlainPath(model, torch.device("cpu"))
+    rows = make_rows([17, 5, 30, 2])
+    for path, store in ((plain, {}), (engine, {})):
+        for _ in range(2):
+            for parameter in trainable(model).values():
+                parameter.grad = None
+            for row in rows:
+                path.loss_and_grad(pack([row]), 1.0)
+        store |= {name: p.grad.clone() for name, p in trainable(model).items()}
+        if path is plain:
+            expected = store
+    for name in expected:
+        assert difference(store[name], expected[name]) < 1e-5
+
+
+def test_a_longer_batch_makes_the_buffers_grow():
+    model, model_type = make("llama")
+    engine = EnginePath(model, model_type, "elementwise", 8, 128)
+    compare(model, engine, pack(make_rows([17, 5, 30])), 1e-5)
+    assert engine._buffers.capacity == 52
+
+
+def test_evaluation_is_the_same_loss():
+    model, model_type = make("llama")
+    engine = EnginePath(model, model_type, "full", 64, 128)
+    batch = pad(make_rows([17, 5, 30]), 0)
+    plain = PlainPath(model, torch.device("cpu")).loss(batch).item()
+    assert engine.loss(batch).item() == pytest.approx(plain, rel=1e-6)
+    assert all(p.grad is None for p in trainable(model).values())
+
+
+def test_flatten_drops_padding_and_shifts_labels():
+    rows = [Row(array("i", [5, 6, 7]), bytes([0, 0, 1]), "a"), Row(array("i", [8, 9]), bytes([0, 1]), "b")]
+    for batch in (pad(rows, 0), pack(rows)):
+        got, tokens = flatten(batch)
+        assert tokens == 5
+        assert got["ids"].tolist() == [5, 6, 7, 8, 9]
+        assert got["positions"].tolist() == [0, 1, 2, 0, 1]
+        assert got["start"].tolist() == [0, 0, 0, 3, 3]
+        assert got["end"].tolist() == [3, 3, 3, 5, 5]
+        assert (got["index"].tolist(), got["targets"].tolist()) == ([1, 3], [7, 9])
+
+
+def test_what_the_engine_does_not_do_is_named():
+    model, model_type = make("llama")
+    with pytest.raises(Unsupported, match="no block description for 'gpt2'"):
+        EnginePath(model, "gpt2", "full", 8, 8)
+    model.config.attention_dropout = 0.1
+    with pytest.raises(Unsupported, match="attention_dropout"):
+        EnginePath(model, model_type, "full", 8, 8)
