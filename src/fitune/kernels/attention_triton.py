@@ -21,8 +21,9 @@ Pass = Literal["forward", "dq", "dkv"]
 class Tile(NamedTuple):
     """How one kernel is cut: rows of queries and keys per block, warps, pipeline stages, and how blocks are fetched.
 
-    `tma` fetches the blocks of the loop with Hopper's copy unit; it needs a head width that is a power of two and rows
-    that start on 16 bytes, and is left out where they do not. `specialize` gives fetching and computing their own warps.
+    `tma` fetches the blocks of the loop with Hopper's copy unit. That needs a head width that is a power of two and
+    rows that start on 16 bytes; other inputs are fetched without. `specialize` gives fetching and computing their own
+    warps.
     """
 
     rows: int
