@@ -12,6 +12,8 @@ from bench.markdown import GB, Record, failure, newest, ratio, table
 from bench.sections import cpu_section, curve_section, fit_section, rows_section, sweep_section
 from bench.work import STACKS, WORKS
 
+TITLE = "# Measurements\n\nMade with `python -m bench`; bench/README.md says what is measured and what the columns mean."
+
 
 def read(file: Path) -> list[Record]:
     """All records of a results file."""
@@ -21,7 +23,7 @@ def read(file: Path) -> list[Record]:
 def markdown(records: Sequence[Record]) -> str:
     """One section per kind of measurement found."""
     parts = [write(chosen) for kind, write in SECTIONS.items() if (chosen := _of_kind(records, kind))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([TITLE, *parts]) + "\n"
 
 
 def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
