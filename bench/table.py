@@ -12,7 +12,7 @@ from bench.markdown import GB, Record, failure, newest, ratio, table
 from bench.sections import cpu_section, curve_section, fit_section, rows_section, sweep_section
 from bench.work import STACKS, WORKS
 
-TITLE = "# Measurements\n\nMade with `python -m bench`; bench/README.md says what is measured and what the columns mean."
+TITLE = "# Measurements\n\nMade with `python -m bench`; what is measured and what the columns mean: bench/README.md."
 
 
 def read(file: Path) -> list[Record]:
