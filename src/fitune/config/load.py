@@ -194,11 +194,22 @@ def _eight_bit_states_have_their_own_dtype(config: RunConfig) -> str | None:
     return None
 
 
+def _full_trains_what_quantization_freezes(config: RunConfig) -> str | None:
+    if config.model.quantization != "none" and config.method.name == "full":
+        return (
+            f"model.quantization is {config.model.quantization}, but method.name=full trains every weight, and "
+            "quantized weights are frozen: a small update would be rounded away. Set model.quantization=none or "
+            "method.name=lora"
+        )
+    return None
+
+
 CHECKS = (
     _one_global_batch,
     _micro_batch_matches_packing,
     _adam_epsilon_exists_in_fp16,
     _eight_bit_states_have_their_own_dtype,
+    _full_trains_what_quantization_freezes,
 )
 
 

@@ -67,8 +67,10 @@ class ModelConfig(Section):
         description="Storage and compute dtype of the base weights. None: bf16 on a GPU that has it, else fp16 on a "
         "GPU, fp32 on CPU.",
     )
-    quantization: Literal["none"] = Field(
-        "none", description="Quantized storage of the frozen base weights. Only `none` in this release."
+    quantization: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
+        "none",
+        description="How the frozen linear layers of the blocks are stored: `none` (in dtype), `int8`, `nf4` or `fp4` "
+        "(4 bits), expanded for each product; `fp8`, multiplied as it is on GPUs that can. Not for method full.",
     )
 
     _path = field_validator("path")(check_path)
@@ -235,11 +237,12 @@ class TrainConfig(Section):
         description="`auto`: the engine (docs/engine.md) where it can run the model and method, else transformers' own "
         "forward, saying why; `plain`: always transformers; `fast`: the engine, or refuse.",
     )
-    activation_checkpointing: Literal["none", "elementwise", "attention", "full"] | Switch = Field(
+    activation_checkpointing: Literal["none", "elementwise", "attention", "full", "offload"] | Switch = Field(
         False,
         description="What the backward pass computes again instead of keeping, from most memory to least: `none`, "
         "`elementwise` (norms and activations; the same as false), `attention` (the first half of the MLP besides), "
-        "`full` (everything but each block's input; the same as true: about a third more time).",
+        "`full` (everything but each block's input; the same as true: about a third more time), `offload` (the same, "
+        "with those inputs in host memory).",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto`: cuda if there is one.")
     save_every_steps: Whole = Field(100, gt=0, le=MANY, description="Commit a checkpoint every so many steps.")

@@ -43,7 +43,8 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
         raise ConfigError(f"dtype is {dtype!r}, but an adapter is exported as it was trained; leave dtype out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--to {target}: exists and is not an empty folder; give a new one")
-    loaded = load(run, dtype=dtype, device="cpu")
+    # Merging is into the weights as they were before they were quantized.
+    loaded = load(run, dtype=dtype, device="cpu", quantization="none")
     if loaded.method is None:
         raise ConfigError(f"{run} is not a run folder; `fitune export` needs one, made by `fitune train`")
     if form == "adapter" and loaded.method.folder != "adapter":

@@ -28,6 +28,7 @@ from fitune.methods import METHODS, Method
 from fitune.methods.base import CONFIG, FACTS
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
+from fitune.model.quantize import QUANTIZATIONS
 
 Conversation = str | Sequence[Mapping[str, str]]
 DEVICES = ("auto", "cpu", "cuda")
@@ -131,34 +132,40 @@ def _messages(prompt: Conversation) -> list[Message]:
     return [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: str | None = None) -> Loaded:
+def load(
+    path: str | Path, *, device: str = "auto", dtype: str | None = None, quantization: str | None = None
+) -> Loaded:
     """Open a run folder made by `fitune train`, or a base model (`embedded`, a folder, a hub id).
 
     Args:
         device: auto, cpu or cuda.
         dtype: fp32, fp16 or bf16; None: as trained, or the default of the device.
+        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or none. Weights are
+            quantized from `dtype`.
 
     Raises:
-        ConfigError: nothing usable at `path`, a run without a result, or an unknown device or dtype.
+        ConfigError: nothing usable at `path`, a run without a result, or an unknown device, dtype or quantization.
         CheckpointError: the adapter belongs to another base model.
     """
     if device not in DEVICES:
         raise ConfigError(f"device is {device!r}; allowed: {', '.join(DEVICES)}")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if quantization is not None and quantization not in ("none", *QUANTIZATIONS):
+        raise ConfigError(f"quantization is {quantization!r}; allowed: none, {', '.join(QUANTIZATIONS)}")
     run = Path(path)
     if (run / "config.yaml").is_file():
-        return _load_run(run, device, dtype)
+        return _load_run(run, device, dtype, quantization)
     if (run / CONFIG).is_file() and not (run / "config.json").is_file():
         raise _is_adapter(run)
     where = pick_device(device)
     folder = resolve_folder(str(path))
-    base = load_base(folder, pick_dtype(dtype, where), where)
+    base = load_base(folder, pick_dtype(dtype, where), where, quantization or "none")
     tokenizer = Tokenizer.load(folder)
     return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
 
 
-def _load_run(run: Path, device: str, dtype: str | None) -> Loaded:
+def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
     config = load_config(run / "config.yaml")
     method = METHODS[config.method.name]
     result = run / method.folder
@@ -170,7 +177,7 @@ def _load_run(run: Path, device: str, dtype: str | None) -> Loaded:
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
     tokenizer = Tokenizer.load(folder)
     template = resolve_template(config.data.template, tokenizer)
-    base = load_base(folder, wanted, where)
+    base = load_base(folder, wanted, where, quantization or config.model.quantization)
     model = base.model
     if method.folder != "model":
         check_base(result, base)

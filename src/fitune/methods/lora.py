@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from fitune.config import LoraConfig, MethodConfig
+from fitune.errors import ConfigError
 from fitune.methods.base import CONFIG, Method, write_json
 from fitune.model.families import target_modules
 from fitune.model.load import Base
+from fitune.model.quantize import is_quantized
 
 
 def _apply(base: Base, config: MethodConfig) -> nn.Module:
@@ -68,6 +70,11 @@ def _plain(value: Any) -> Any:
 
 
 def _merge(model: nn.Module) -> nn.Module:
+    if is_quantized(model):  # PEFT would add to a temporary and drop it
+        raise ConfigError(
+            "an adapter cannot be merged into quantized weights: the sum would be rounded away. Open the run with "
+            "quantization=none, as `fitune export` does"
+        )
     return cast(nn.Module, model.merge_and_unload())  # type: ignore[operator]  # a PeftModel
 
 

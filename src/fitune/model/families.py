@@ -79,5 +79,5 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def _linear_paths(model: nn.Module) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = ("Linear", "Conv1D")  # GPT-2's Conv1D is a transposed linear layer
+    kinds = ("Linear", "QuantLinear", "Conv1D")  # GPT-2's Conv1D is a transposed linear layer
     return [path for path, module in model.named_modules() if type(module).__name__ in kinds and module is not head]

@@ -117,7 +117,10 @@ def inspect_folder(folder: Path) -> ModelFolder:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ConfigError(f"{folder}: the weights are already quantized ({method}); give the 16- or 32-bit model")
+        raise ConfigError(
+            f"{folder}: the weights are already quantized ({method}); give the 16- or 32-bit model, "
+            "and set model.quantization to have fitune quantize it"
+        )
     for key, limit in LIMITS.items():
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or not 0 < value <= limit):

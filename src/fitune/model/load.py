@@ -22,6 +22,7 @@ from torch import nn
 
 from fitune.errors import ConfigError
 from fitune.model.folder import inspect_folder
+from fitune.model.quantize import QuantLinear, quantize_blocks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,17 +67,19 @@ def pick_dtype(wanted: str | None, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
-    """Load the weights of `folder`, frozen.
+def load_base(folder: Path, dtype: str, device: torch.device, quantization: str = "none") -> Base:
+    """Load the weights of `folder`, frozen; quantized ones pass through the host's memory, one layer at a time.
 
     Args:
         folder: a local model folder (see `model.folder.resolve_folder`).
         dtype: storage and compute dtype, a key of `DTYPES`.
+        quantization: "none", or how the linear layers of the blocks are stored, see `model.quantize`.
 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
         MemoryError: the host has too little memory (torch.OutOfMemoryError: the GPU has).
-    Memory: parameters * bytes(dtype), plus one shard while it is read.
+    Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized, that much on the host, and on the GPU
+        no more than the result and 100 MB.
     """
     import transformers
 
@@ -97,12 +100,14 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
     options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
     try:
         if raw.weights_format == "safetensors":
-            options |= {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}
+            options |= {"use_safetensors": True, "local_files_only": True}
+            if quantization == "none":
+                options["device_map"] = {"": device}
             model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
         else:
             state = _read_bin(folder, raw.weight_files)
             model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
-            model = model.to(device)
+            del state
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -112,6 +117,9 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
         _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
     _check_report(folder, model, report)
+    if quantization != "none":
+        quantize_blocks(model, quantization, device)
+    model = model.to(device)
     model.config.use_cache = False
     model.requires_grad_(False)
     model.eval()
@@ -170,9 +178,10 @@ def fingerprint(folder: Path, weight_files: tuple[str, ...]) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters, tied weights once."""
+    """(trainable, total) parameters, tied weights once; a quantized weight counts what it stands for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + quantized
 
 
 def _raise_if_out_of_memory(error: Exception) -> None:

@@ -62,8 +62,10 @@ def _explained(config: RunConfig, doing: str, run: Path | None, reason: str) -> 
     train, data = config.train, config.data
     micro = "micro_batch_tokens" if data.packing else "micro_batch_rows"
     hints = [f"halve train.{micro} (now {getattr(train, micro)}; the update stays the same)"]
-    if level_of(train.activation_checkpointing) != "full":
+    if level_of(train.activation_checkpointing) not in ("full", "offload"):
         hints.append("set train.activation_checkpointing=true")
+    if config.model.quantization == "none" and config.method.name != "full":
+        hints.append("set model.quantization=nf4 (the base in 4 bits)")
     hints.append(f"lower data.max_length (now {data.max_length})")
     if config.memory.budget is not None:
         hints.append(f"raise memory.budget (now {config.memory.budget:g} GB)")

@@ -28,6 +28,7 @@ from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
+from fitune.model.quantize import emulation_note
 from fitune.training import checkpoint, loop, samples
 from fitune.training.choose import choose_path
 from fitune.training.limits import memory_errors, process_state, set_up_device
@@ -186,7 +187,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     steps = StepPlan([row.num_tokens for row in dataset.train], config.train)
     assert config.model.dtype is not None, "resolved"
     with memory_errors(config, "loading the model", None):
-        base = load_base(prepared.model_folder, config.model.dtype, device)
+        base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
     if base.vocab_size < prepared.tokenizer.vocab_size:
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
@@ -267,11 +268,15 @@ def _introduce(session: Session) -> None:
     )
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
+    stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"
     session.display.note(
-        f"model: {config.model.path}, {config.model.dtype} on {session.device}; {config.method.name} trains "
+        f"model: {config.model.path}, {config.model.dtype}{stored} on {session.device}; {config.method.name} trains "
         f"{trained:,} of {total:,} parameters ({trained / total:.4%})"
     )
     session.display.note(session.path_note)
+    emulated = emulation_note(session.model)
+    if emulated:
+        session.display.note(emulated)
     _warn_without_effect(session)
 
 
