@@ -1,8 +1,8 @@
 """Launches of the attention kernels: block sizes by head width and GPU generation.
 
-`scripts/measure_attention.py` times many tiles on the GPU it runs on. The rows (90, 64) and (90, 128) are its best on an
-H200; the others were not timed and follow what the compiler says of registers and shared memory (86: 99 KB, 80: 163 KB,
-90: 227 KB).
+`scripts/measure_attention.py` times many tiles on the GPU it runs on. The rows (90, 64) and (90, 128) are its best on
+an H200; the others were not timed and follow what the compiler says of registers and shared memory (86: 99 KB, 80: 163
+KB, 90: 227 KB).
 """
 
 from __future__ import annotations
