@@ -1,71 +1,16 @@
 """Attention inside documents: both bodies against a softmax written out in fp64."""
 
-from __future__ import annotations
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from attention_cases import LENGTHS, TOLERANCE, Case, assert_near, documents_of, naive
 from fitune.errors import ConfigError
-from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
-
-LENGTHS = [13, 1, 40, 1, 1, 14]  # T = 70
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-def documents_of(lengths, device="cpu"):
-    start, end = [], []
-    for length in lengths:
-        begin = len(start)
-        start += [begin] * length
-        end += [begin + length] * length
-    return Documents(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (start, end)))
-
-
-def naive(qkv, scoring, dout_Thd):
-    """out, lse, dq, dk, dv in fp64, by autograd through a dense softmax."""
-    tokens, heads, _ = qkv.q_Thd.shape
-    group = heads // qkv.k_Tgd.shape[1]
-    q, k, v = (x.detach().double().requires_grad_() for x in (qkv.q_Thd, qkv.k_Tgd, qkv.v_Tgd))
-    scores_hTT = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * scoring.scale
-    index = torch.arange(tokens, device=q.device)
-    if scoring.slopes_h is not None:
-        scores_hTT = scores_hTT + scoring.slopes_h.double()[:, None, None] * (index - index[:, None])
-    seen = (index <= index[:, None]) & (index >= scoring.documents.start_T[:, None])
-    scores_hTT = scores_hTT.masked_fill(~seen, float("-inf"))
-    out = torch.einsum("hij,jhd->ihd", scores_hTT.softmax(-1), v.repeat_interleave(group, 1))
-    grads = torch.autograd.grad(out, (q, k, v), dout_Thd.double())
-    return out.detach(), scores_hTT.logsumexp(-1).detach(), *grads
-
-
-class Case:
-    """Inputs as views into one row buffer, outputs in buffers full of NaN, so that whatever is not written shows."""
-
-    def __init__(self, lengths, heads, kv_heads, width, dtype, alibi=False, device="cpu"):
-        torch.manual_seed(0)
-        tokens, n = sum(lengths), (heads + 2 * kv_heads) * width
-        self.rows_Tn = torch.randn(tokens, n + 8, device=device).to(dtype)
-        self.qkv = QKV.of_rows(self.rows_Tn[:, :n], heads, kv_heads)
-        slopes_h = torch.tensor([2.0 ** -(i + 1) for i in range(heads)], device=device) if alibi else None
-        self.scoring = Scoring(documents_of(lengths, device), 1.3 / width**0.5, slopes_h)
-        rows = torch.randn(tokens, heads * width + 8, device=device).to(dtype)
-        self.dout_Thd = rows[:, 8:].unflatten(1, (heads, width))
-        self.drows_Tn = torch.full_like(self.rows_Tn, float("nan"))
-        self.dqkv = QKV.of_rows(self.drows_Tn[:, :n], heads, kv_heads)
-        self.out_Thd = torch.full_like(rows, float("nan"))[:, 8:].unflatten(1, (heads, width))
-        self.lse_hT = torch.full((heads, tokens), float("nan"), device=device)
-        self.delta_hT = torch.full_like(self.lse_hT, float("nan"))
-
-    def run(self, forward=attention, backward=attention_backward):
-        forward(self.qkv, self.scoring, self.out_Thd, self.lse_hT)
-        out = self.out_Thd.clone()
-        backward(self.qkv, self.scoring, self.dout_Thd, self.out_Thd, self.lse_hT, self.dqkv, self.delta_hT)
-        return out, self.lse_hT, self.dqkv.q_Thd, self.dqkv.k_Tgd, self.dqkv.v_Tgd
-
-
-def assert_near(got, want, tolerance):
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        error = (x.double() - y).abs().max() / y.abs().max()
-        assert error < tolerance, f"{name}: {error:.1e}"  # NaN fails too
+from fitune.kernels.attention import attention, attention_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,37 +34,60 @@ def test_a_dtype_without_kernel_is_refused():
         case.run()
 
 
-def run_triton(case, forward=None, dq=None, dkv=None):
-    """The Triton bodies with chosen tiles."""
-    from fitune.kernels.attention_triton import attention_triton, keys_backward_triton, queries_backward_triton
-
-    def backward(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, delta_hT):
-        queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, delta_hT, dq)
-        keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, delta_hT, dkv)
-
-    return case.run(lambda *inputs: attention_triton(*inputs, forward), backward)
-
-
-@pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "dtype", "alibi"),
-    [
-        (4, 2, 16, torch.float32, False),
-        (4, 2, 24, torch.float32, True),
-        (2, 1, 32, torch.float16, False),
-        (2, 2, 32, torch.float16, True),
-    ],
-)
-@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32)])
-@pytest.mark.parametrize("lengths", [LENGTHS, [70], [16, 16, 1, 33]])
-def test_the_kernels_are_the_reference(lengths, blocks, heads, kv_heads, width, dtype, alibi, tma):
-    """In fp32 and fp16: the interpreter multiplies the bits of bf16 as if they were integers."""
+def test_the_kernels_under_the_interpreter():
+    """In a process of its own: the interpreter must be switched on before anything imports triton."""
     pytest.importorskip("triton")
-    from fitune.kernels.attention_triton import Tile
+    file = Path(__file__).with_name("interpreted_attention.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider"],
+        cwd=file.parent.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    case = Case(lengths, heads, kv_heads, width, dtype, alibi, device)
-    tile = Tile(*blocks, 4, 2, tma)
-    got = run_triton(case, tile, tile, tile)
-    assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (4, 4)])
+@pytest.mark.parametrize("width", [32, 64, 80, 96, 128, 256])
+def test_the_kernels_on_a_gpu(width, heads, kv_heads, dtype, alibi):
+    case = Case([700, 1, 1, 1025, 3, 330], heads, kv_heads, width, dtype, alibi, "cuda")
+    assert_near(case.run(), naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
     assert case.drows_Tn[:, -8:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernels_repeat_their_bits_and_allocate_nothing():
+    case = Case([1024, 1024], 32, 8, 64, torch.bfloat16, device="cuda")
+    first = [x.clone() for x in case.run()]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attention(case.qkv, case.scoring, case.out_Thd, case.lse_hT)
+    attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, case.delta_hT)
+    assert torch.cuda.max_memory_allocated() == before
+    again = case.out_Thd, case.lse_hT, case.dqkv.q_Thd, case.dqkv.k_Tgd, case.dqkv.v_Tgd
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_graph_serves_other_documents_of_as_many_tokens():
+    case = Case([300, 212], 4, 2, 64, torch.bfloat16, device="cuda")
+    case.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention(case.qkv, case.scoring, case.out_Thd, case.lse_hT)
+        attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, case.delta_hT)
+    other = documents_of([1, 130, 381], "cuda")
+    case.scoring.documents.start_T.copy_(other.start_T)
+    case.scoring.documents.end_T.copy_(other.end_T)
+    graph.replay()
+    got = case.out_Thd, case.lse_hT, case.dqkv.q_Thd, case.dqkv.k_Tgd, case.dqkv.v_Tgd
+    assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[torch.bfloat16])

@@ -70,12 +70,7 @@ class Block:
     @property
     def trains(self) -> bool:
         """Some adapter of this block is trained."""
-        return any(group.trained for group in self.groups.values())
-
-    def refresh(self) -> None:
-        """Take over the adapters' current parameters."""
-        for group in self.groups.values():
-            group.refresh()
+        return any(group.trains for group in self.groups.values())
 
     def forward(self, v: Views, tokens: Tokens, residual: torch.Tensor | None) -> None:
         """From the residual (None: already in `x`) and `branch` of the block below to `mid` and `branch` of this one.
@@ -98,9 +93,9 @@ class Block:
 
     def backward(self, v: Views, tokens: Tokens) -> None:
         """`d` (first H columns): gradient of the block's output in, of its input out."""
-        if self.level == "full":
+        if self.level in ("full", "offload"):
             self._recompute_attention(v, tokens)
-        if self.level in ("full", "attention"):
+        if self.level in ("full", "offload", "attention"):
             self._recompute_gate_up(v)
         self._backward_mlp(v)
         self._backward_attention(v, tokens)
@@ -112,7 +107,7 @@ class Block:
 
     def _recompute_gate_up(self, v: Views) -> None:
         y2 = self._buffer(v, "y2", "up")
-        if self.level == "full":
+        if self.level in ("full", "offload"):
             add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2[:, : self.shape.hidden], v["rstd2"], None)
         else:
             norm_only(v["mid"], self.norm2, v["rstd2"], None, y2[:, : self.shape.hidden])

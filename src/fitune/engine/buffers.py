@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from fitune.engine.offload import Offload
 from fitune.plan.saves import ONE_ROW_MORE, BlockShape, Level, Saved, block_saves, shared_buffers
 
 
 class Buffers:
     """Buffers of `layers` blocks for micro-steps of up to `capacity` tokens.
 
-    Memory: exactly capacity * (layers * what `block_saves` lists + what `shared_buffers` lists).
+    Memory: exactly capacity * (layers * what `block_saves` lists + what `shared_buffers` lists), the part marked `host`
+    in page-locked host memory.
     """
 
     def __init__(
@@ -22,8 +24,12 @@ class Buffers:
     ) -> None:
         self.capacity = capacity
         self._dtype, self._device = dtype, device
-        self._shared = {saved.name: self._make(saved) for saved in shared_buffers(shape, level)}
-        self._kept = [{s.name: self._make(s) for s in block_saves(shape, level)} for _ in range(layers)]
+        offloaded = level == "offload"
+        self.offload = Offload(layers, shape.hidden, capacity, dtype, device) if offloaded else None
+        shared = [saved for saved in shared_buffers(shape, level) if saved.name not in ("x0", "x1")]
+        self._shared = {saved.name: self._make(saved) for saved in shared}
+        kept = [saved for saved in block_saves(shape, level) if not saved.host]
+        self._kept = [{saved.name: self._make(saved) for saved in kept} for _ in range(layers)]
         self._widths = {s.name: s.width for s in (*shared_buffers(shape, level), *block_saves(shape, level))}
 
     def _make(self, saved: Saved) -> torch.Tensor:
@@ -37,12 +43,16 @@ class Buffers:
 
     def shared_bytes(self) -> int:
         """Bytes of the buffers all blocks share."""
-        return sum(t.numel() * t.element_size() for t in self._shared.values())
+        own = sum(t.numel() * t.element_size() for t in self._shared.values())
+        return own + (self.offload.device_bytes if self.offload else 0)
 
     def block(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
         """Buffers of one block as (tokens, width) matrices; per-head statistics (fp32) as (width, tokens)."""
         views = {}
-        for name, flat in (self._shared | self._kept[layer]).items():
+        flats = self._shared | self._kept[layer]
+        if self.offload:
+            flats["x"] = self.offload.slot(layer)
+        for name, flat in flats.items():
             width = self._widths[name]
             rows = (width, tokens) if name in ("lse", "delta") else (tokens, width)
             views[name] = flat[: tokens * width].view(rows)

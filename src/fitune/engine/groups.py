@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fitune.kernels.refresh import Copy
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -76,13 +78,13 @@ class Group:
         self.ins = self._linears[0].in_features
         self.outs = sum(linear.out_features for linear in self._linears)
         self.adapters = _adapters(modules)
-        self.trained = [adapter for adapter in self.adapters if adapter.A.requires_grad]
+        self.trains = any(adapter.A.requires_grad for adapter in self.adapters)
         self.R = adapter_columns([adapter.A.shape[0] for adapter in self.adapters])
         self._scratch = scratch
         self.quantized = hasattr(self._linears[0], "dequantize_into")
         device = next(iter(self._linears[0].buffers() if self.quantized else self._linears[0].parameters())).device
         self.bias = self._gather_bias(dtype, device)
-        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._gradients: list[torch.Tensor] = []
         if self.quantized:
             scratch.reserve(self.outs + self.R, self.ins + self.R)
             self.A_RK = torch.zeros(self.R, self.ins, dtype=dtype, device=device)
@@ -92,14 +94,13 @@ class Group:
             self.A_RK = self._fused[self.outs :, : self.ins]
             self.B_NR = self._fused[: self.outs, self.ins :]
 
-    def refresh(self) -> None:
-        """Copy the adapters' parameters into the matrix."""
+    def copies(self) -> list[Copy]:
+        """What a refresh copies: the adapters' parameters into the matrix, B with the scale."""
+        pairs = []
         for adapter in self.adapters:
-            self.A_RK[adapter.columns].copy_(adapter.A.detach())
-            B_Nr = self.B_NR[adapter.rows, adapter.columns]
-            B_Nr.copy_(adapter.B.detach())
-            if adapter.scale != 1.0:
-                B_Nr.mul_(adapter.scale)
+            pairs.append(Copy(adapter.A.detach(), self.A_RK[adapter.columns], 1.0))
+            pairs.append(Copy(adapter.B.detach(), self.B_NR[adapter.rows, adapter.columns], adapter.scale))
+        return pairs
 
     def down_project(self, x_TKR: torch.Tensor) -> None:
         """Write x Aᵀ into the last R columns of the input buffer."""
@@ -124,14 +125,27 @@ class Group:
 
     def adapter_gradients(self, dy_TNR: torch.Tensor, h_TR: torch.Tensor, x_TK: torch.Tensor) -> None:
         """Accumulate dA += (dy B)ᵀ x and dB += scale dyᵀ h in fp32; `up_project` has been called on `dy_TNR`."""
-        for adapter, (dA_rK, dB_Nr) in zip(self.trained, self._gradients, strict=True):
-            back_Tr = dy_TNR[:, self.outs :][:, adapter.columns]
-            _accumulate(dA_rK, back_Tr, x_TK, 1.0)
+        if not self._gradients:
+            return
+        dA_RK, *dBs = self._gradients
+        _accumulate(dA_RK, dy_TNR[:, self.outs : self.outs + len(dA_RK)], x_TK, 1.0)
+        for adapter, dB_Nr in zip(self.adapters, dBs, strict=True):
             _accumulate(dB_Nr, dy_TNR[:, adapter.rows], h_TR[:, adapter.columns], adapter.scale)
 
-    def use_gradients(self, gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Where `adapter_gradients` accumulates: fp32, the shapes of A and B, one pair per trained adapter."""
-        self._gradients = gradients
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained adapters' parameters: all A in the order of their columns, then all B."""
+        return [a.A for a in self.adapters] + [a.B for a in self.adapters] if self.trains else []
+
+    def use_gradients(self, flat: torch.Tensor) -> None:
+        """Accumulate gradients in this fp32 vector, laid out as `parameters` lists them."""
+        if not self.trains:
+            return
+        rank = sum(adapter.A.shape[0] for adapter in self.adapters)
+        self._gradients = [flat[: rank * self.ins].view(rank, self.ins)]  # all A at once: one product makes them
+        at = rank * self.ins
+        for adapter in self.adapters:
+            self._gradients.append(flat[at : at + adapter.B.numel()].view(adapter.B.shape))
+            at += adapter.B.numel()
 
     def _matrix(self) -> torch.Tensor:
         if not self.quantized:

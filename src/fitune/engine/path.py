@@ -21,6 +21,7 @@ from fitune.engine.head import Head
 from fitune.engine.spec import base_of, block_shape, block_spec, rotary_tables
 from fitune.kernels.attention import Documents
 from fitune.kernels.norm import Norm
+from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
 from fitune.plan.saves import Level, bucket
 
@@ -62,6 +63,9 @@ class EnginePath:
         self._loss_sum = torch.zeros((), device=self.device)
         self._attach_gradients()
         self._graphs: dict[int, dict[str, Any]] = {}
+        self._pool: Any = None
+        # One stream for warming up and capturing: the library workspaces of a stream are 32 MiB and more.
+        self._stream: Any = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.reserve(max_tokens)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -75,21 +79,15 @@ class EnginePath:
     def _attach_gradients(self) -> None:
         """One flat fp32 buffer holds all adapters' gradients; parameters' .grad are views of it."""
         groups = [group for block in self.blocks for group in block.groups.values()]
-        total = sum(a.A.numel() + a.B.numel() for group in groups for a in group.trained)
-        self._gradients = torch.zeros(total, device=self.device)
+        self._gradients = torch.zeros(sum(p.numel() for g in groups for p in g.parameters()), device=self.device)
         self._parameters: list[tuple[nn.Parameter, torch.Tensor]] = []
         at = 0
         for group in groups:
-            pairs = []
-            for adapter in group.trained:
-                views = []
-                for parameter in (adapter.A, adapter.B):
-                    view = self._gradients[at : at + parameter.numel()].view(parameter.shape)
-                    at += parameter.numel()
-                    self._parameters.append((parameter, view))
-                    views.append(view)
-                pairs.append((views[0], views[1]))
-            group.use_gradients(pairs)
+            group.use_gradients(self._gradients[at:])
+            for parameter in group.parameters():
+                self._parameters.append((parameter, self._gradients[at : at + parameter.numel()].view_as(parameter)))
+                at += parameter.numel()
+        self._refresh = Refresh([copy for group in groups for copy in group.copies()])
 
     def _claim_gradients(self) -> None:
         """The optimizer drops gradients between steps; ours are static, so they are zeroed and given back."""
@@ -105,6 +103,7 @@ class EnginePath:
     def reserve(self, tokens: int) -> None:
         """Make buffers for micro-steps of up to `tokens` tokens; a larger one makes them grow later."""
         self._graphs.clear()
+        self._pool = None
         self._buffers: Buffers | None = None  # freed before the larger ones are made
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
         kept = len(self.blocks) - self._lowest
@@ -161,17 +160,25 @@ class EnginePath:
 
     def _forward(self, tokens: int) -> None:
         """Token ids to the output of the last block, in `branch`."""
+        self._refresh.run()
         self._documents[:, :tokens].copy_(self._inputs[2:4, :tokens])
-        where = self._tokens(tokens)
+        assert self._buffers is not None
+        offload, where = self._buffers.offload, self._tokens(tokens)
         residual = None
         for layer, block in enumerate(self.blocks):
-            block.refresh()
             views = self._views(layer, tokens)
+            kept = layer - self._lowest
+            if offload and kept >= 0:
+                offload.before_write(kept)
             if layer == 0:
                 torch.index_select(self._embedding_VH, 0, self._inputs[0, :tokens], out=views["x"])
             block.forward(views, where, residual)
             residual = views["mid"]
+            if offload and kept >= 0:
+                offload.store(kept, tokens)
         assert residual is not None
+        if offload:
+            offload.join()
         torch.add(residual, views["branch"], out=views["branch"])
 
     def _head_chunk(self, tokens: int, index: torch.Tensor, targets: torch.Tensor, backward: bool) -> None:
@@ -180,9 +187,16 @@ class EnginePath:
 
     def _backward(self, tokens: int) -> None:
         """Gradient of the last block's output, in `d`, to the gradients of all adapters."""
-        where = self._tokens(tokens)
+        assert self._buffers is not None
+        offload, where = self._buffers.offload, self._tokens(tokens)
         for layer in range(len(self.blocks) - 1, self._lowest - 1, -1):
+            if offload:
+                offload.before_read(layer - self._lowest)
             self.blocks[layer].backward(self._views(layer, tokens), where)
+            if offload:
+                offload.fetch_below(layer - self._lowest, tokens)
+        if offload:
+            offload.join()
 
     def _replay(self, rows: dict[str, torch.Tensor], tokens: int, backward: bool) -> None:
         """One micro-step at the next static size, through captured graphs."""
@@ -221,19 +235,19 @@ class EnginePath:
 
         steps = {"forward": forward, "loss": head(False), "head": head(True), "backward": lambda: self._backward(size)}
         kept = self._gradients.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for run in steps.values():
                 chunk.zero_()
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._gradients.copy_(kept)
         graphs: dict[str, Any] = {"chunk": chunk}
         for name, run in steps.items():
             graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name]):
+            with torch.cuda.graph(graphs[name], pool=self._pool, stream=self._stream):
                 run()
+            self._pool = graphs[name].pool()  # replays never overlap, so all graphs share their temporaries
         return graphs
 
 

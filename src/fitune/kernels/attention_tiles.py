@@ -1,13 +1,14 @@
 """The three Triton kernels of attention: forward, gradient of the queries, gradients of keys and values.
 
-A program owns one block of rows of one head and walks over blocks of the other side. Which blocks those are follows from
-the documents of its first and last row, read on the device: some need a mask (they cross the diagonal or the start or end
-of a document), all between them need none and run in a loop without one. Scores are kept in units of log2, so that exp2
-replaces exp. Every sum has one owner and one order: the same bits in every run.
+A program owns one block of rows of one head and walks over blocks of the other side. Which blocks those are follows
+from the documents of its first and last row, read on the device: some need a mask (they cross the diagonal or the start
+or end of a document), all between them need none and run in a loop without one. Scores are kept in units of log2, so
+that exp2 replaces exp. Every sum has one owner and one order: the same bits in every run.
 
 Shapes: M rows of queries, N rows of keys, D head width; `stride` is the distance of two rows in elements.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton

@@ -21,8 +21,9 @@ Pass = Literal["forward", "dq", "dkv"]
 class Tile(NamedTuple):
     """How one kernel is cut: rows of queries and keys per block, warps, pipeline stages, and how blocks are fetched.
 
-    `tma` fetches the blocks of the loop with Hopper's copy unit; it needs a head width that is a power of two and rows
-    that start on 16 bytes, and is left out where they do not. `specialize` gives fetching and computing their own warps.
+    `tma` fetches the blocks of the loop with Hopper's copy unit. That needs a head width that is a power of two and
+    rows that start on 16 bytes; other inputs are fetched without. `specialize` gives fetching and computing their own
+    warps.
     """
 
     rows: int
@@ -36,8 +37,8 @@ class Tile(NamedTuple):
 # (oldest compute capability, largest head width padded to a power of two) -> tile; the first that applies is taken
 _TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
     "forward": {
-        (90, 64): Tile(128, 128, 8, 3),
-        (90, 128): Tile(128, 128, 8, 2),
+        (90, 64): Tile(64, 64, 4, 3, tma=True),
+        (90, 128): Tile(128, 128, 8, 3, tma=True),
         (90, 256): Tile(128, 64, 8, 2),
         (86, 64): Tile(128, 64, 4, 2),
         (86, 128): Tile(128, 32, 4, 2),
@@ -50,8 +51,8 @@ _TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
         (75, 256): Tile(32, 16, 4, 1),
     },
     "dq": {
-        (90, 64): Tile(128, 64, 4, 3),
-        (90, 128): Tile(128, 64, 8, 2),
+        (90, 64): Tile(64, 64, 4, 3, tma=True),
+        (90, 128): Tile(128, 64, 8, 3, tma=True),
         (90, 256): Tile(64, 32, 4, 2),
         (86, 64): Tile(64, 64, 4, 2),
         (86, 128): Tile(64, 32, 4, 2),
@@ -64,8 +65,8 @@ _TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
         (75, 256): Tile(16, 16, 4, 1),
     },
     "dkv": {
-        (90, 64): Tile(64, 128, 8, 3),
-        (90, 128): Tile(64, 128, 8, 2),
+        (90, 64): Tile(64, 64, 4, 3, tma=True),
+        (90, 128): Tile(64, 64, 4, 2, tma=True),
         (90, 256): Tile(32, 64, 8, 2),
         (86, 64): Tile(32, 64, 4, 2),
         (86, 128): Tile(32, 64, 4, 2),

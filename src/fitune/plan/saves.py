@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["none", "elementwise", "attention", "full"]
-LEVELS: tuple[Level, ...] = ("none", "elementwise", "attention", "full")
+Level = Literal["none", "elementwise", "attention", "full", "offload"]
+LEVELS: tuple[Level, ...] = ("none", "elementwise", "attention", "full", "offload")
 
 
 def level_of(setting: bool | str) -> Level:
@@ -74,11 +74,12 @@ GROUPS = ("qkv", "o", "up", "down")
 
 @dataclass(frozen=True)
 class Saved:
-    """One kept tensor: (T, width) in the model's dtype, or in fp32 (4 bytes) if `fp32`."""
+    """One kept tensor: (T, width) in the model's dtype, or in fp32 (4 bytes) if `fp32`; in host memory if `host`."""
 
     name: str
     width: int
     fp32: bool = False
+    host: bool = False
 
     def bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of one token's row."""
@@ -92,9 +93,9 @@ def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     `gate_up` are as wide as the GEMM that reads or overwrites them: their group's adapter columns stand at the end.
     """
     qkv, o, up, down = shape.lora
-    kept = [Saved("x", shape.hidden)]
+    kept = [Saved("x", shape.hidden, host=level == "offload")]
     kept += [Saved(f"h_{name}", width) for name, width in (("qkv", qkv), ("up", up), ("down", down)) if width]
-    if level == "full":
+    if level in ("full", "offload"):
         return tuple(kept)
     kept += [
         Saved("rstd1", 1, fp32=True),
@@ -119,7 +120,7 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The working set all blocks share: what is not kept at this level, and the gradients in flight.
 
     `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output, queries,
-    keys and values. `branch` and `d` have one row more than tokens: where the head's last chunk puts its padding.
+    keys and values. `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more than tokens: where the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
     qkv, o, up, down = shape.lora
@@ -127,6 +128,7 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     gradients = shape.attention + shape.qkv
     return (
         *made,
+        *([Saved("x0", shape.hidden), Saved("x1", shape.hidden)] if level == "offload" else []),
         *([Saved("normed", gradients - shape.kv_heads * shape.head_dim - shape.attention)] if shape.qk_norm else []),
         Saved("y", shape.hidden + max(qkv, up)),
         Saved("branch", shape.hidden),
@@ -165,6 +167,7 @@ def bucket(tokens: int, largest: int) -> int:
     return min(-(-tokens // step) * step, -(-largest // 64) * 64)
 
 
-def saved_bytes(shape: BlockShape, level: Level, tokens: int, layers: int, dtype_bytes: int) -> int:
-    """Bytes all blocks keep between their forward and backward passes for a micro-step of `tokens`."""
-    return layers * tokens * sum(saved.bytes_per_token(dtype_bytes) for saved in block_saves(shape, level))
+def saved_bytes(shape: BlockShape, level: Level, tokens: int, layers: int, dtype_bytes: int, host: bool = False) -> int:
+    """Bytes all blocks keep on the device (or the host) from forward to backward for a micro-step of `tokens`."""
+    kept = [saved for saved in block_saves(shape, level) if saved.host == host]
+    return layers * tokens * sum(saved.bytes_per_token(dtype_bytes) for saved in kept)

@@ -46,7 +46,7 @@ def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Datase
                 ) from unsupported
     if config.data.packing:
         check_packing(model, device, list(dataset.train[:2]))
-    return PlainPath(model, device, level in ("attention", "full")), f"plain path: {reason}"
+    return PlainPath(model, device, level in ("attention", "full", "offload")), f"plain path: {reason}"
 
 
 def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:

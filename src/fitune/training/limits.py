@@ -62,7 +62,7 @@ def _explained(config: RunConfig, doing: str, run: Path | None, reason: str) -> 
     train, data = config.train, config.data
     micro = "micro_batch_tokens" if data.packing else "micro_batch_rows"
     hints = [f"halve train.{micro} (now {getattr(train, micro)}; the update stays the same)"]
-    if level_of(train.activation_checkpointing) != "full":
+    if level_of(train.activation_checkpointing) not in ("full", "offload"):
         hints.append("set train.activation_checkpointing=true")
     if config.model.quantization == "none" and config.method.name != "full":
         hints.append("set model.quantization=nf4 (the base in 4 bits)")

@@ -1,0 +1,45 @@
+"""The attention kernels under Triton's interpreter; `test_attention.py` runs this file in a process that has it on.
+
+By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_attention.py -n 0
+"""
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from attention_cases import LENGTHS, TOLERANCE, Case, assert_near, naive, run_triton
+from fitune.kernels.attention_triton import Tile
+
+
+@pytest.fixture(autouse=True)
+def _loop_bounds_are_integers(monkeypatch):
+    """The interpreter of Triton 3.6 makes loop bounds with int() of an array of one element; numpy 2.4 refuses that."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+
+
+# fp16 for 16 bits: the interpreter multiplies the bits of bf16 as if they were integers
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "dtype", "alibi", "tma"),
+    [
+        (4, 2, 16, torch.float32, False, False),
+        (4, 2, 24, torch.float32, True, False),
+        (2, 1, 32, torch.float16, False, True),
+        (2, 2, 32, torch.float16, True, True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("lengths", "blocks"),
+    [(LENGTHS, (16, 16)), (LENGTHS, (32, 16)), (LENGTHS, (16, 32)), ([70], (32, 16)), ([16, 16, 1, 33], (16, 32))],
+)
+def test_the_kernels_are_a_softmax(lengths, blocks, heads, kv_heads, width, dtype, alibi, tma):
+    case = Case(lengths, heads, kv_heads, width, dtype, alibi)
+    tile = Tile(*blocks, 4, 2, tma)
+    got = run_triton(case, tile, tile, tile)
+    assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
+    assert case.drows_Tn[:, -8:].isnan().all()
