@@ -72,11 +72,13 @@ def resume(run: str | Path, overrides: Sequence[str] = (), *, quiet: bool = Fals
     return resume_run(Path(run), overrides, quiet=quiet)
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: str | None = None) -> Loaded:
+def load(
+    path: str | Path, *, device: str = "auto", dtype: str | None = None, quantization: str | None = None
+) -> Loaded:
     """Open a finished run or a base model; `.generate(...)` and `.stream(...)` answer prompts."""
     from fitune.infer.load import load as load_model
 
-    return load_model(path, device=device, dtype=dtype)
+    return load_model(path, device=device, dtype=dtype, quantization=quantization)
 
 
 def export(run: str | Path, to: str | Path, *, form: str = "merged", dtype: str | None = None) -> Path:

@@ -14,6 +14,7 @@ from fitune.engine.spec import Unsupported
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import Base
+from fitune.model.quantize import quantize_blocks
 from fitune.plan.saves import LEVELS, head_bytes, saved_bytes, shared_bytes
 from fitune.training.path import PlainPath
 
@@ -56,7 +57,7 @@ TARGETS = {
 }
 
 
-def make(kind, targets="linear", dtype=torch.float32, rank=4):
+def make(kind, targets="linear", dtype=torch.float32, rank=4, quantization="none"):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
     with torch.no_grad():  # ones and zeros would hide mistakes in them
@@ -66,6 +67,8 @@ def make(kind, targets="linear", dtype=torch.float32, rank=4):
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.requires_grad_(False)
+    if quantization != "none":
+        quantize_blocks(model, quantization, torch.device("cpu"))
     base = Base(model, None, model.config.model_type, SIZES["vocab_size"], "")
     config = build({"model": {"path": "x"}, "method": {"name": "lora", "r": rank, "target_modules": targets}})
     model = METHODS["lora"].apply(base, config.method)
@@ -117,6 +120,41 @@ def test_equal_to_the_plain_path(kind, targets, level):
     rows = make_rows([17, 5, 30, 2])
     compare(model, engine, pack(rows), 1e-5)
     compare(model, engine, pad(rows, 0), 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp4"])
+def test_quantized_weights_give_the_plain_path_s_gradients(quantization, kind, level):
+    model, model_type = make(kind, quantization=quantization)
+    engine = EnginePath(model, model_type, level, 64, 128)
+    compare(model, engine, pack(make_rows([17, 5, 30, 2])), 1e-5)
+    engine.loss(pack(make_rows([9, 8])))
+    compare(model, engine, pack(make_rows([17, 5])), 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_fp8_follows_the_plain_path(kind, level):
+    """The engine quantizes gradients of q, k and v as one row, the plain path each alone: close, not equal."""
+    model, model_type = make(kind, quantization="fp8")
+    engine = EnginePath(model, model_type, level, 64, 128)
+    batch = pack(make_rows([17, 5, 30, 2]))
+    plain_loss, plain = run(PlainPath(model, engine.device), model, batch)
+    loss, fast = run(engine, model, batch)
+    assert loss == pytest.approx(plain_loss, rel=1e-4)
+    for name in plain:
+        assert difference(fast[name], plain[name]) < 0.08, name
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp8"])
+def test_quantized_weights_on_a_gpu(quantization):
+    model, model_type = make("qwen2", dtype=torch.bfloat16, quantization=quantization)
+    model.cuda()
+    engine = EnginePath(model, model_type, "full", 512, 128)
+    compare(model, engine, pack(make_rows([17, 5, 30, 2])), 0.1 if quantization == "fp8" else 0.05)
 
 
 @pytest.mark.gpu

@@ -1,51 +1,18 @@
 """Dequantization: the references against float64 formulas, the Triton bodies against the references."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from fitune.kernels import dequantize as kernels
+from quantized_cases import DTYPES, SHAPES, four_bit_weight, int8_weight, scratch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU, Triton bodies run in its interpreter
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Whole blocks per row; rows that share blocks; odd rows; an odd number of weights; more than one nested block.
-SHAPES = [(3, 64), (5, 192), (4, 48), (7, 33), (3, 65), (1, 2), (9, 2112)]
 REAL = [(14336, 4096), (4096, 14336), (2048, 8192), (1000, 11008)]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture
-def triton_body():
-    pytest.importorskip("triton")
-    from fitune.kernels import dequantize_triton
-
-    return dequantize_triton
-
-
-def scratch(rows, columns, dtype, padding=8, device=DEVICE):
-    """A view of the first columns of a wider matrix full of NaN, and that matrix."""
-    whole = torch.full((rows, columns + padding), torch.nan, dtype=dtype, device=device)
-    return whole[:, :columns], whole
-
-
-def int8_weight(rows, columns, device=DEVICE):
-    generator = torch.Generator().manual_seed(rows * columns)
-    codes = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
-    scale = torch.rand(rows, generator=generator) + 0.01
-    return codes.to(device), scale.to(device)
-
-
-def four_bit_weight(rows, columns, device=DEVICE):
-    generator = torch.Generator().manual_seed(rows * columns)
-    blocks = -(-rows * columns // 64)
-    tensors = (
-        torch.randint(0, 256, (-(-rows * columns // 2),), generator=generator, dtype=torch.uint8),
-        torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8),
-        torch.rand(16, generator=generator) - 0.5,
-        torch.rand(-(-blocks // 256), generator=generator) + 0.1,
-        torch.rand(256, generator=generator),
-        torch.rand((), generator=generator),
-    )
-    return tuple(tensor.to(device) for tensor in tensors)
 
 
 def four_bit_float64(packed, absmax, code, nested_absmax, nested_code, offset, shape):
@@ -66,16 +33,6 @@ def close(out, expected, dtype):
     assert (error <= epsilon * expected.abs() + 1e-7 * expected.abs().max()).all(), error.max()
 
 
-def equal(out, expected):
-    """Bit by bit, except that the interpreter rounds to bf16 by cutting off."""
-    if out.dtype == torch.bfloat16 and DEVICE == "cpu":
-        out, expected = out.float(), expected.float()
-        assert (out.abs() <= expected.abs()).all()
-        assert ((expected - out).abs() <= 2**-7 * expected.abs()).all()
-    else:
-        assert torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_references_follow_the_formulas(shape, dtype):
@@ -89,29 +46,30 @@ def test_references_follow_the_formulas(shape, dtype):
     assert whole[:, shape[1] :].isnan().all(), "written outside the view"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("padding", [0, 5, 8])
-def test_triton_bodies_equal_the_references(triton_body, shape, dtype, padding):
-    codes, scale = int8_weight(*shape)
-    (out, whole), (expected, _) = scratch(*shape, dtype, padding), scratch(*shape, dtype)
-    triton_body.dequantize_rows(codes, scale, kernels.INT8_STEP, out)
-    kernels.dequantize_int8_reference(codes, scale, expected)
-    equal(out, expected)
-    packed = four_bit_weight(*shape)
-    triton_body.dequantize_4bit(*packed, out)
-    kernels.dequantize_4bit_reference(*packed, expected)
-    equal(out, expected)
-    assert whole[:, shape[1] :].isnan().all(), "written outside the view"
+def run_bodies(**environment):
+    """In a process of its own: the interpreter must be switched on, or not, before anything imports triton."""
+    file = Path(__file__).with_name("interpreted_quantized.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider"],
+        cwd=file.parent.parent.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.stdout.count(".") >= 100, done.stdout
+    assert "skipped" not in done.stdout
 
 
-def test_the_select_tree_gives_the_same_values(triton_body, monkeypatch):
-    monkeypatch.setattr(triton_body, "_SELECT", True)
-    packed = four_bit_weight(5, 192)
-    out, expected = scratch(5, 192, torch.float32)[0], scratch(5, 192, torch.float32)[0]
-    triton_body.dequantize_4bit(*packed, out)
-    kernels.dequantize_4bit_reference(*packed, expected)
-    assert torch.equal(out, expected)
+def test_the_kernels_under_the_interpreter():
+    pytest.importorskip("triton")
+    run_bodies(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@gpu
+def test_small_shapes_on_a_gpu():
+    run_bodies(TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize(
@@ -146,14 +104,14 @@ def test_4_bit_buffers_that_do_not_fit(position):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", REAL)
 def test_real_shapes_on_a_gpu(shape, dtype):
-    codes, scale = int8_weight(*shape)
-    out, whole = scratch(*shape, dtype)
+    codes, scale = int8_weight(*shape, "cuda")
+    out, whole = scratch(*shape, dtype, device="cuda")
     kernels.dequantize_int8(codes, scale, out)
     close(out, codes.double() * scale.double()[:, None] / 127, dtype)
-    packed = four_bit_weight(*shape)
+    packed = four_bit_weight(*shape, "cuda")
     kernels.dequantize_4bit(*packed, out)
     close(out, four_bit_float64(*packed, shape), dtype)
-    expected = scratch(*shape, dtype)[0]
+    expected = scratch(*shape, dtype, device="cuda")[0]
     kernels.dequantize_4bit_reference(*packed, expected)
     assert torch.equal(out, expected)
     assert whole[:, shape[1] :].isnan().all()

@@ -1,5 +1,8 @@
 """The plain PyTorch bodies, through the public functions on CPU: against float64, and what buffers are refused."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,10 @@ REFUSED = {
 def test_buffers_that_do_not_fit_are_refused(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+def test_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None\n"
+    code += "import torch\nfrom fitune.kernels import cross_entropy, norm, rope, swiglu\n"
+    code += "x = torch.ones(2, 4)\nswiglu.gelu(x, x)\nprint(x.sum().item() < 8)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"

@@ -11,12 +11,13 @@ attention, gate_up, act, branch the last projection's output, d gradient of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fitune.engine.groups import Group, Scratch
+from fitune.engine.groups import Group
+from fitune.engine.products import Scratch
 from fitune.engine.spec import BlockSpec
 from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
@@ -77,54 +78,46 @@ class Block:
 
         The block's output is mid + branch; the sum is fused into the next norm.
         """
-        y1 = self._buffer(v, "y1", "qkv")
+        y1, _ = self._input(v, "qkv")
         if residual is None:
-            add_norm(v["x"], None, self.norm1, None, y1[:, : self.shape.hidden], v["rstd1"], None)
+            add_norm(v["x"], None, self.norm1, None, y1, v["rstd1"], None)
         else:
-            add_norm(residual, v["branch"], self.norm1, v["x"], y1[:, : self.shape.hidden], v["rstd1"], None)
-        self._attention(v, y1, tokens, keep_h=True)
-        y2 = self._buffer(v, "y2", "up")
-        add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2[:, : self.shape.hidden], v["rstd2"], None)
-        self._gate_up(v, y2, keep_h=True)
-        act = self._buffer(v, "act", "down")
-        swiglu(v["gate_up"][:, : self.shape.inner], act[:, : self.shape.intermediate])
-        self._down_project("down", v, act, keep_h=True)
-        self.groups["down"].forward(act, v["branch"])
+            add_norm(residual, v["branch"], self.norm1, v["x"], y1, v["rstd1"], None)
+        self._attention(v, tokens, again=False)
+        y2, _ = self._input(v, "up")
+        add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2, v["rstd2"], None)
+        self._gate_up(v, again=False)
+        act, h = self._input(v, "down")
+        swiglu(v["gate_up"][:, : self.shape.inner], act)
+        self._down_project("down", v, again=False)
+        self.groups["down"].forward(act, h, v["branch"])
 
     def backward(self, v: Views, tokens: Tokens) -> None:
         """`d` (first H columns): gradient of the block's output in, of its input out."""
         if self.level in ("full", "offload"):
-            self._recompute_attention(v, tokens)
-        if self.level in ("full", "offload", "attention"):
-            self._recompute_gate_up(v)
+            y1, _ = self._input(v, "qkv")
+            add_norm(v["x"], None, self.norm1, None, y1, v["rstd1"], None)
+            self._attention(v, tokens, again=True)
+            y2, _ = self._input(v, "up")
+            add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2, v["rstd2"], None)
+            self._gate_up(v, again=True)
+        elif self.level == "attention":
+            y2, _ = self._input(v, "up")
+            norm_only(v["mid"], self.norm2, v["rstd2"], None, y2)
+            self._gate_up(v, again=True)
         self._backward_mlp(v)
         self._backward_attention(v, tokens)
 
-    def _recompute_attention(self, v: Views, tokens: Tokens) -> None:
-        y1 = self._buffer(v, "y1", "qkv")
-        add_norm(v["x"], None, self.norm1, None, y1[:, : self.shape.hidden], v["rstd1"], None)
-        self._attention(v, y1, tokens, keep_h=False)
-
-    def _recompute_gate_up(self, v: Views) -> None:
-        y2 = self._buffer(v, "y2", "up")
-        if self.level in ("full", "offload"):
-            add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2[:, : self.shape.hidden], v["rstd2"], None)
-        else:
-            norm_only(v["mid"], self.norm2, v["rstd2"], None, y2[:, : self.shape.hidden])
-        self._gate_up(v, y2, keep_h=False)
-
-    def _attention(self, v: Views, y1: torch.Tensor, tokens: Tokens, keep_h: bool) -> None:
+    def _attention(self, v: Views, tokens: Tokens, again: bool) -> None:
         """y1 -> qkv (rotated) -> a -> branch."""
-        shape, a = self.shape, v["a"]
-        self._down_project("qkv", v, y1, keep_h)
-        qkv = v["qkv"][:, : shape.qkv]
-        self.groups["qkv"].forward(y1, qkv)
+        shape = self.shape
+        self._down_project("qkv", v, again)
+        self.groups["qkv"].forward(*self._input(v, "qkv"), v["qkv"][:, : shape.qkv])
         inputs = self._queries_keys_values(v, tokens, rotated=False)
-        scoring = Scoring(tokens.documents, shape.head_dim**-0.5)
-        attention(inputs, scoring, _split(a[:, : shape.attention], shape), v["lse"])
-        if self.groups["o"].R:
-            self.groups["o"].down_project(a)
-        self.groups["o"].forward(a, v["branch"])
+        a, h = self._input(v, "o")
+        attention(inputs, Scoring(tokens.documents, shape.head_dim**-0.5), _split(a, shape), v["lse"])
+        self._down_project("o", v, again)
+        self.groups["o"].forward(a, h, v["branch"])
 
     def _queries_keys_values(self, v: Views, tokens: Tokens, rotated: bool) -> QKV:
         """Rotated queries and keys, and values.
@@ -142,85 +135,101 @@ class Block:
         qk_norm_rotate(qkv, self.head_norm, rotary, tokens.positions_T, q, k)
         return QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape))
 
-    def _gate_up(self, v: Views, y2: torch.Tensor, keep_h: bool) -> None:
-        self._down_project("up", v, y2, keep_h)
-        self.groups["up"].forward(y2, v["gate_up"][:, : self.shape.inner])
+    def _gate_up(self, v: Views, again: bool) -> None:
+        self._down_project("up", v, again)
+        self.groups["up"].forward(*self._input(v, "up"), v["gate_up"][:, : self.shape.inner])
 
-    def _down_project(self, name: str, v: Views, x: torch.Tensor, keep_h: bool) -> None:
-        """Fill the adapter columns of an input buffer: computed and kept, or put back from where they were kept."""
-        group = self.groups[name]
-        if not group.R:
+    def _down_project(self, name: str, v: Views, again: bool) -> None:
+        """Make x Aᵀ of a group where its product wants it and keep it; `again`: put it back from where it was kept."""
+        x, h = self._input(v, name)
+        kept = v.get(f"h_{name}")
+        if not self.groups[name].R:
             return
-        columns = x[:, group.ins : group.ins + group.R]
-        if keep_h:
-            group.down_project(x)
-            v[f"h_{name}"].copy_(columns)
-        else:
-            columns.copy_(v[f"h_{name}"])
+        if again and kept is not None:
+            h.copy_(kept)
+            return
+        self.groups[name].down_project(x, h)
+        if kept is not None and not again:
+            kept.copy_(h)
 
     def _backward_mlp(self, v: Views) -> None:
         shape, up, down = self.shape, self.groups["up"], self.groups["down"]
-        d, gate_up = v["d"], v["gate_up"]
+        d, t = self._gradient(v, "d", down)
+        gate_up = v["gate_up"][:, : shape.inner]
         if down.R:
-            down.up_project(d)
-        dact = v["scratch"][:, : shape.intermediate]
-        down.input_gradient(d, dact)
-        act = v["act"][:, : shape.intermediate] if "act" in v else (dact if down.R else None)
-        swiglu_backward(dact, gate_up[:, : shape.inner], gate_up[:, : shape.inner], None if "act" in v else act)
-        if down.R and act is not None:
-            down.adapter_gradients(d, v["h_down"], act)
-        if up.R:
-            up.up_project(gate_up)
-        self._through_norm(v, up, gate_up, "2", stop=self.first and not self.groups["o"].R and not self.groups["qkv"].R)
+            down.up_project(d, t)
+        dact = _carve(v["scratch"], 0, shape.intermediate)
+        down.input_gradient(d, t, dact)
+        kept = v["act"][:, : shape.intermediate] if "act" in v else None
+        act = dact if down.R and kept is None else None  # made again where the gradient was
+        swiglu_backward(dact, gate_up, gate_up, act)
+        if down.R:
+            down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept)
+        done = self.first and not self.groups["o"].R and not self.groups["qkv"].R
+        self._through_norm(v, up, self._gradient(v, "gate_up", up), "2", stop=done)
 
     def _backward_attention(self, v: Views, tokens: Tokens) -> None:
         shape, qkv_group, o = self.shape, self.groups["qkv"], self.groups["o"]
-        d, a, scratch = v["d"], v["a"], v["scratch"]
+        d, t = self._gradient(v, "d", o)
+        a, h = self._input(v, "o")
         if o.R:
-            o.up_project(d)
-            o.adapter_gradients(d, a[:, o.ins :], a[:, : o.ins])
+            o.up_project(d, t)
+            o.adapter_gradients(d, t, v.get("h_o", h), a)
         if self.first and not qkv_group.R:
             return
         inputs = self._queries_keys_values(v, tokens, rotated=True)
-        da, grads = scratch[:, : shape.attention], scratch[:, shape.attention : shape.attention + shape.qkv]
-        o.input_gradient(d, da)
-        scoring, out = Scoring(tokens.documents, shape.head_dim**-0.5), _split(a[:, : shape.attention], shape)
-        dqkv = QKV.of_rows(grads, shape.heads, shape.kv_heads)
-        attention_backward(inputs, scoring, _split(da, shape), out, v["lse"], dqkv, v["delta"])
-        qkv, rotary, positions = v["qkv"], tokens.rotary, tokens.positions_T
-        dq, dk, dv = grads.split([shape.attention, *[shape.kv_heads * shape.head_dim] * 2], 1)
+        da, grads = _carve(v["scratch"], 0, shape.attention), _carve(v["scratch"], shape.attention, shape.qkv)
+        o.input_gradient(d, t, da)
+        scoring, dqkv = Scoring(tokens.documents, shape.head_dim**-0.5), QKV.of_rows(grads, shape.heads, shape.kv_heads)
+        attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], dqkv, v["delta"])
+        rotary, positions, qkv = tokens.rotary, tokens.positions_T, v["qkv"][:, : shape.qkv]
+        kv = shape.kv_heads * shape.head_dim
+        dq, dk, dv = grads[:, : shape.attention], grads[:, shape.attention : -kv], grads[:, -kv:]
         if self.head_norm is None:
-            pack_gradients(dq, dk, dv, rotary, positions, qkv[:, : shape.qkv])
+            pack_gradients(dq, dk, dv, rotary, positions, qkv)
         else:
-            before = qkv[:, : shape.qkv]
-            qk_norm_rotate_backward((dq, dk, dv), before, self.head_norm, rotary, positions, before)
-        if qkv_group.R:
-            qkv_group.up_project(qkv)
-        self._through_norm(v, qkv_group, qkv, "1", stop=self.first)
+            qk_norm_rotate_backward((dq, dk, dv), qkv, self.head_norm, rotary, positions, qkv)
+        self._through_norm(v, qkv_group, self._gradient(v, "qkv", qkv_group), "1", stop=self.first)
 
-    def _through_norm(self, v: Views, group: Group, dout: torch.Tensor, which: str, stop: bool = False) -> None:
+    def _through_norm(
+        self, v: Views, group: Group, dout: tuple[torch.Tensor, torch.Tensor], which: str, stop: bool
+    ) -> None:
         """Input gradient of a group, then of the norm before it (added to `d`), then the group's adapter gradients."""
-        hidden = self.shape.hidden
+        (dy, t), hidden = dout, self.shape.hidden
+        if group.R:
+            group.up_project(dy, t)
         norm, source = (self.norm1, v["x"]) if which == "1" else (self.norm2, v["mid"])
         rstd, kept = v[f"rstd{which}"], v.get(f"y{which}")
-        y = v["y"][:, :hidden]
-        if stop:
-            if kept is None:
-                norm_only(source, norm, rstd, None, y)
-        else:
-            group.input_gradient(dout, y)
+        y = _carve(v["y"], 0, hidden)
+        if not stop:
+            group.input_gradient(dy, t, y)
             recomputed = y if group.R and kept is None else None
             norm_backward(y, source, norm, rstd, None, v["d"][:, :hidden], recomputed)
+        elif kept is None and group.R:
+            norm_only(source, norm, rstd, None, y)
         if group.R:
-            name = "qkv" if which == "1" else "up"
-            group.adapter_gradients(dout, v[f"h_{name}"], y if kept is None else kept[:, :hidden])
+            h = v["h_qkv" if which == "1" else "h_up"]
+            group.adapter_gradients(dy, t, h, y if kept is None else kept[:, :hidden])
 
-    def _buffer(self, v: Views, kept: str, group: str) -> torch.Tensor:
-        """The input buffer of a group: kept per block at level `none`, else shared."""
-        if kept in v:
-            return v[kept]
-        shared = v["scratch"] if kept == "act" else v["y"]
-        return shared[:, : self.groups[group].ins + self.groups[group].R]
+    def _input(self, v: Views, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input x of a group and the place of x Aᵀ: beside x, or apart for fp8."""
+        group = self.groups[name]
+        kept = {"qkv": "y1", "o": "a", "up": "y2", "down": "act"}[name]
+        width = group.ins + (0 if self.shape.fp8 else group.R)
+        buffer = v[kept] if kept in v else _carve(v["scratch" if name == "down" else "y"], 0, width)
+        return buffer[:, : group.ins], v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
+
+    def _gradient(self, v: Views, name: str, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of a group's output and the place of dy B: beside it, or apart for fp8."""
+        buffer = v[name]
+        t = v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.outs : group.outs + group.R]
+        return buffer[:, : group.outs], t
+
+
+def _carve(buffer: torch.Tensor, start: int, width: int) -> torch.Tensor:
+    """A contiguous (T, width) part of a contiguous (T, n) buffer, behind `start` columns' worth of memory."""
+    tokens = buffer.shape[0]
+    return buffer.view(-1)[tokens * start : tokens * (start + width)].view(tokens, width)
 
 
 def _norm(layer: nn.Module, name: str) -> Norm:
@@ -232,7 +241,8 @@ def _head_norm(layer: nn.Module, spec: BlockSpec) -> HeadNorm | None:
     if not spec.q_norm:
         return None
     q, k = layer.get_submodule(spec.q_norm), layer.get_submodule(spec.k_norm)
-    return HeadNorm(q.weight.detach(), k.weight.detach(), epsilon(q))
+    weights = cast(nn.Parameter, q.weight), cast(nn.Parameter, k.weight)
+    return HeadNorm(weights[0].detach(), weights[1].detach(), epsilon(q))
 
 
 def epsilon(norm: Any) -> float:
@@ -242,4 +252,4 @@ def epsilon(norm: Any) -> float:
 
 def _split(x_Tn: torch.Tensor, shape: BlockShape) -> torch.Tensor:
     """(T, heads * d) as (T, heads, d)."""
-    return x_Tn.unflatten(1, (-1, shape.head_dim))
+    return x_Tn.view(x_Tn.shape[0], -1, shape.head_dim)

@@ -33,7 +33,7 @@ class Buffers:
         self._widths = {s.name: s.width for s in (*shared_buffers(shape, level), *block_saves(shape, level))}
 
     def _make(self, saved: Saved) -> torch.Tensor:
-        dtype = torch.float32 if saved.fp32 else self._dtype
+        dtype = {0: self._dtype, 1: torch.uint8, 4: torch.float32}[saved.size]
         rows = self.capacity + (saved.name in ONE_ROW_MORE)
         return torch.empty(rows * saved.width, dtype=dtype, device=self._device)
 
@@ -59,6 +59,10 @@ class Buffers:
         for name in ("rstd1", "rstd2"):
             views[name] = views[name].view(tokens)
         return views
+
+    def rows_of_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where products in fp8 put the codes and scales of their rows."""
+        return self._shared["codes"], self._shared["scales"]
 
     def with_spare_row(self, name: str, tokens: int) -> torch.Tensor:
         """`branch` or `d` as (tokens + 1, width)."""

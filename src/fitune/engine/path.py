@@ -8,6 +8,7 @@ they are captured once per static size. On CPU the same functions run directly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch import nn
 from fitune.data.batches import IGNORE, Batch
 from fitune.engine.block import Block, Tokens, epsilon
 from fitune.engine.buffers import Buffers
-from fitune.engine.groups import Scratch
 from fitune.engine.head import Head
-from fitune.engine.spec import base_of, block_shape, block_spec, rotary_tables
+from fitune.engine.products import Scratch
+from fitune.engine.spec import Unsupported, base_of, block_shape, block_spec, rotary_tables
 from fitune.kernels.attention import Documents
 from fitune.kernels.norm import Norm
 from fitune.kernels.refresh import Refresh
@@ -47,10 +48,16 @@ class EnginePath:
         self._embedding_VH = base.get_input_embeddings().weight.detach()
         self.device, self.dtype = self._embedding_VH.device, self._embedding_VH.dtype
         self.level = level
-        scratch = Scratch(self.dtype, self.device)
-        self.blocks = [Block(layer, spec, level, self.dtype, scratch) for layer in base.model.layers]
+        self._scratch = Scratch(self.dtype, self.device)
+        self.blocks = [Block(layer, spec, level, self.dtype, self._scratch) for layer in base.model.layers]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # fused weights left holes of other sizes
         columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
-        self.shape = block_shape(model, spec, columns)  # type: ignore[arg-type]
+        self.shape = block_shape(model, spec, (columns[0], columns[1], columns[2], columns[3]))
+        fp8 = {group.quantization == "fp8" for block in self.blocks for group in block.groups.values()}
+        if len(fp8) > 1:
+            raise Unsupported("some projections in fp8 and some not")
+        self.shape = replace(self.shape, fp8=fp8 == {True})
         self._lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
         for block in self.blocks:
             block.shape = self.shape
@@ -108,6 +115,8 @@ class EnginePath:
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
         kept = len(self.blocks) - self._lowest
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
+        if self.shape.fp8:
+            self._scratch.codes, self._scratch.scales = self._buffers.rows_of_codes()
         self._documents = torch.zeros(2, capacity, dtype=torch.int32, device=self.device)
         padded = -(-capacity // self._head.rows) * self._head.rows
         self._inputs = torch.zeros(len(FIELDS), max(capacity, padded), dtype=torch.int64, device=self.device)

@@ -78,8 +78,6 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
         raise Unsupported("attention_dropout")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise Unsupported("sliding-window attention")
-    if any(getattr(module, "quantization", "") == "fp8" for module in model.modules()):
-        raise Unsupported("model.quantization=fp8, whose products of quantized rows only the plain path has so far")
     _check_trainable(model)
     return spec
 

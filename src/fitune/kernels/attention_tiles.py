@@ -86,7 +86,7 @@ def _softmax_step(
 def forward_kernel(
     q, k, v, out, lse, start, slopes, q_stride, k_stride, v_stride, out_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    ALIBI: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of M rows of one head."""
     head = tl.program_id(0)
@@ -114,7 +114,7 @@ def forward_kernel(
             q_MD, k_ND, v_ND, accumulator, total, highest, scale2, bias_N, keep, True, ALIBI
         )
     first += before * BLOCK_N
-    for n0 in tl.range(first, first + inner * BLOCK_N, BLOCK_N, warp_specialize=SPECIALIZE):
+    for n0 in tl.range(first, first + inner * BLOCK_N, BLOCK_N):
         k_ND = _tile(k, k_stride, n0, head // GROUP, T, D, BLOCK_N, WIDTH, False, TMA)
         v_ND = _tile(v, v_stride, n0, head // GROUP, T, D, BLOCK_N, WIDTH, False, TMA)
         bias_N = slope2 * (n0 + column_N - m0).to(tl.float32)
@@ -145,7 +145,7 @@ def dq_kernel(
     q, k, v, out, dout, dq, lse, delta, start, slopes,
     q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    ALIBI: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of M rows of one query head, and delta = sum of dout * out of those rows for `dkv_kernel`."""
     head = tl.program_id(0)
@@ -172,7 +172,7 @@ def dq_kernel(
         bias_N = slope2 * (key_N - m0).to(tl.float32)
         dq_MD = _dq_step(q_MD, k_ND, v_ND, dout_MD, dq_MD, lse2_M, delta_M, scale2, bias_N, keep, True, ALIBI)
     first += before * BLOCK_N
-    for n0 in tl.range(first, first + inner * BLOCK_N, BLOCK_N, warp_specialize=SPECIALIZE):
+    for n0 in tl.range(first, first + inner * BLOCK_N, BLOCK_N):
         k_ND = _tile(k, k_stride, n0, head // GROUP, T, D, BLOCK_N, WIDTH, False, TMA)
         v_ND = _tile(v, v_stride, n0, head // GROUP, T, D, BLOCK_N, WIDTH, False, TMA)
         bias_N = slope2 * (n0 + column_N - m0).to(tl.float32)
@@ -201,7 +201,7 @@ def dkv_kernel(
     q, k, v, dout, dk, dv, lse, delta, end, slopes,
     q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    ALIBI: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of N rows of one key/value head: one loop over all query heads of its group and their blocks."""
     kv_head = tl.program_id(0)
@@ -233,7 +233,7 @@ def dkv_kernel(
         dk_ND, dv_ND = _dkv_step(
             q_MD, k_ND, v_ND, dout_MD, dk_ND, dv_ND, lse2_M, delta_M, scale * LOG2_E, bias_N, keep, True, ALIBI
         )
-    for i in tl.range(0, inner * GROUP, warp_specialize=SPECIALIZE):
+    for i in tl.range(0, inner * GROUP):
         head = kv_head * GROUP + i // inner
         m0 = n0 + (diagonal + i % inner) * BLOCK_M
         row_M = m0 + column_M

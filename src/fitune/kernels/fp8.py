@@ -155,16 +155,32 @@ def multiply_rows(
         RuntimeError: shapes that do not fit.
     Memory: the result; when emulated, also both operands in the dtype they are multiplied in and the product in fp32.
     """
+    out_TN = torch.empty(codes_TK.shape[0], codes_NK.shape[0], dtype=dtype, device=codes_TK.device)
+    multiply_rows_into(out_TN, (codes_TK, scale_T), (codes_NK, scale_N), bias_N, fast_accumulation)
+    return out_TN
+
+
+def multiply_rows_into(
+    out_TN: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    weights: tuple[torch.Tensor, torch.Tensor | None],
+    bias_N: torch.Tensor | None = None,
+    fast_accumulation: bool = False,
+) -> None:
+    """`multiply_rows` into a given contiguous (T, N) buffer; rows and weights are pairs of codes and scales."""
+    (codes_TK, scale_T), (codes_NK, scale_N) = rows, weights
+    dtype = out_TN.dtype
     if scale_N is None:
         scale_N = torch.ones(codes_NK.shape[0], device=codes_NK.device)
     scales = scale_T[:, None], scale_N[None, :]
     if is_native(codes_TK.device, dtype, codes_NK.shape[0], codes_NK.shape[1]):
-        return torch._scaled_mm(
-            codes_TK, codes_NK.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=fast_accumulation
+        torch._scaled_mm(
+            codes_TK, codes_NK.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=fast_accumulation, out=out_TN
         )
+        return
     operand = torch.bfloat16 if codes_TK.is_cuda and dtype.itemsize == 2 else torch.float32
     product_TN = (codes_TK.to(operand) @ codes_NK.to(operand).T).float() * scales[0] * scales[1]
-    return (product_TN if bias_N is None else product_TN + bias_N).to(dtype)
+    out_TN.copy_(product_TN if bias_N is None else product_TN + bias_N)
 
 
 def _check(x_TK: torch.Tensor, codes_TK: torch.Tensor) -> tuple[int, int]:

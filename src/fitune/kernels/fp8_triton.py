@@ -30,7 +30,7 @@ def _magnitude(x):
 @triton.jit
 def _quantize_kernel(
     x_ptr, out_ptr, scale_ptr, column_scale_ptr, columns, x_stride, out_stride,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, SCALED: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -38,22 +38,22 @@ def _quantize_kernel(
     column = tl.arange(0, TILE)
     x = _column_values(x_ptr, column_scale_ptr, column, columns, SCALED)
     largest = _magnitude(x)
-    if not HELD:
-        for start in range(TILE, columns, TILE):
-            x = _column_values(x_ptr, column_scale_ptr, start + column, columns, SCALED)
-            largest = tl.maximum(largest, _magnitude(x))
+    for tile in range(1, TILES):
+        x = _column_values(x_ptr, column_scale_ptr, tile * TILE + column, columns, SCALED)
+        largest = tl.maximum(largest, _magnitude(x))
     # Exact division, so that the codes are the reference's.
     scale = tl.maximum(tl.div_rn(tl.max(largest, axis=0), LARGEST), SMALLEST)
     tl.store(scale_ptr + row, scale)
     inverse = tl.div_rn(1.0, scale)
-    if HELD:
+    if TILES == 1:
         y = tl.clamp(x * inverse, -LARGEST, LARGEST)
         tl.store(out_ptr + column, y.to(out_ptr.dtype.element_ty), mask=column < columns)
     else:
-        for start in range(0, columns, TILE):
-            x = _column_values(x_ptr, column_scale_ptr, start + column, columns, SCALED)
+        for tile in range(TILES):
+            at = tile * TILE + column
+            x = _column_values(x_ptr, column_scale_ptr, at, columns, SCALED)
             y = tl.clamp(x * inverse, -LARGEST, LARGEST)
-            tl.store(out_ptr + start + column, y.to(out_ptr.dtype.element_ty), mask=start + column < columns)
+            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < columns)
 
 
 @triton.jit
@@ -72,11 +72,10 @@ def quantize_rows(
     """See `fp8.quantize_rows`."""
     rows, columns = x_TK.shape
     tile = min(power_of_two(columns), _HELD)
-    _quantize_kernel[(rows,)](
-        x_TK, out8_TK, scale_T, column_scale_K, columns, x_TK.stride(0), out8_TK.stride(0),
-        LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE, SCALED=column_scale_K is not None, HELD=columns <= tile, TILE=tile,
-        num_warps=warps(tile),
-    )  # fmt: skip
+    constants = {"LARGEST": LARGEST, "SMALLEST": SMALLEST_SCALE, "SCALED": column_scale_K is not None}
+    tiles = {"TILES": triton.cdiv(columns, tile), "TILE": tile, "num_warps": warps(tile)}
+    strides = x_TK.stride(0), out8_TK.stride(0)
+    _quantize_kernel[(rows,)](x_TK, out8_TK, scale_T, column_scale_K, columns, *strides, **constants, **tiles)
 
 
 def transpose_codes(codes_NK: torch.Tensor, out_KN: torch.Tensor) -> None:

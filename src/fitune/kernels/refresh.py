@@ -1,7 +1,7 @@
 """Copies of many small fp32 matrices into 16-bit ones, scaled, in one launch.
 
-LoRA's adapters are hundreds of small parameters; copying each into the matrix its group multiplies with would be hundreds
-of launches per micro-step.
+LoRA's adapters are hundreds of small parameters; copying each into the matrix its group multiplies with would be
+hundreds of launches per micro-step.
 """
 
 from __future__ import annotations

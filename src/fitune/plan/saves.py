@@ -30,6 +30,7 @@ class BlockShape:
         hidden, heads, kv_heads, head_dim, intermediate: as in config.json; intermediate is the MLP's inner width.
         gated: the MLP has a gate beside its up projection (swiglu).
         qk_norm: queries and keys are normed per head.
+        fp8: projections multiply rows of fp8 codes. Their adapters then stand apart: nothing stands beside anything.
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
     """
 
@@ -40,6 +41,7 @@ class BlockShape:
     intermediate: int
     gated: bool = True
     qk_norm: bool = False
+    fp8: bool = False
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
@@ -58,6 +60,11 @@ class BlockShape:
         return self.intermediate * (2 if self.gated else 1)
 
     @property
+    def beside(self) -> tuple[int, int, int, int]:
+        """Adapter columns of each group that stand beside its inputs and outputs."""
+        return (0, 0, 0, 0) if self.fp8 else self.lora
+
+    @property
     def groups(self) -> dict[str, tuple[int, int, int]]:
         """Projections that read the same input: name -> (outputs, inputs, adapter columns)."""
         sizes = {
@@ -74,16 +81,16 @@ GROUPS = ("qkv", "o", "up", "down")
 
 @dataclass(frozen=True)
 class Saved:
-    """One kept tensor: (T, width) in the model's dtype, or in fp32 (4 bytes) if `fp32`; in host memory if `host`."""
+    """One kept tensor: (T, width) in the model's dtype, or of `size` bytes per element; in host memory if `host`."""
 
     name: str
     width: int
-    fp32: bool = False
+    size: int = 0
     host: bool = False
 
     def bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of one token's row."""
-        return self.width * (4 if self.fp32 else dtype_bytes)
+        return self.width * (self.size or dtype_bytes)
 
 
 def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
@@ -92,18 +99,19 @@ def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     `h_*` are the adapters' rank-R intermediates x Aᵀ of a group: small enough to keep at every level. `qkv`, `a` and
     `gate_up` are as wide as the GEMM that reads or overwrites them: their group's adapter columns stand at the end.
     """
-    qkv, o, up, down = shape.lora
+    qkv, o, up, down = shape.beside
     kept = [Saved("x", shape.hidden, host=level == "offload")]
-    kept += [Saved(f"h_{name}", width) for name, width in (("qkv", qkv), ("up", up), ("down", down)) if width]
+    apart = {group: width for group, width in zip(GROUPS, shape.lora, strict=True) if width}
+    kept += [Saved(f"h_{group}", width) for group, width in apart.items() if group != "o" or shape.fp8]
     if level in ("full", "offload"):
         return tuple(kept)
     kept += [
-        Saved("rstd1", 1, fp32=True),
+        Saved("rstd1", 1, size=4),
         Saved("qkv", shape.qkv + qkv),
         Saved("a", shape.attention + o),
-        Saved("lse", shape.heads, fp32=True),
+        Saved("lse", shape.heads, size=4),
         Saved("mid", shape.hidden),
-        Saved("rstd2", 1, fp32=True),
+        Saved("rstd2", 1, size=4),
     ]
     if level != "attention":
         kept += [Saved("gate_up", shape.inner + up)]
@@ -124,7 +132,7 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     than tokens: where the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
-    qkv, o, up, down = shape.lora
+    qkv, o, up, down = shape.beside
     made = [saved for saved in block_saves(shape, "elementwise") if saved.name not in kept]
     gradients = shape.attention + shape.qkv
     return (
@@ -135,8 +143,14 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
         Saved("branch", shape.hidden),
         Saved("scratch", max(shape.intermediate + down, gradients)),
         Saved("d", shape.hidden + max(o, down)),
-        Saved("delta", shape.heads, fp32=True),
+        Saved("delta", shape.heads, size=4),
+        *(_fp8_rows(shape) if shape.fp8 else ()),
     )
+
+
+def _fp8_rows(shape: BlockShape) -> tuple[Saved, ...]:
+    widest = max(max(outs, ins) for outs, ins, _ in shape.groups.values())
+    return Saved("codes", widest, size=1), Saved("scales", 1, size=4), Saved("t", max(16, *shape.lora))
 
 
 ONE_ROW_MORE = ("branch", "d")

@@ -1,0 +1,157 @@
+"""python -m bench COMMAND, from the checkout; see bench/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import cpu, curves, rows, step, sweep, table, tasks
+from bench.children import Runner
+from bench.models import SHAPES
+from bench.work import DEFAULT_ROWS, STACKS, WORKS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    if options.command == "child":
+        return tasks.run(options.task, options.arguments)
+    if options.command == "table":
+        return _table(options)
+    runner = Runner(options.out, options.seconds, options.child_seconds)
+    COMMANDS[options.command](runner, options)
+    text = table.markdown(table.read(runner.results))
+    (runner.out / "tables.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="fitune beside other stacks, measured.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, default=Path("runs/bench"), help="results.jsonl, tables.md and logs")
+    common.add_argument("--models", type=Path, default=Path("runs/bench/models"), help="where the random models are")
+    common.add_argument("--seconds", type=float, help="start no measurement later than this")
+    common.add_argument("--child-seconds", type=float, default=300, help="end a measurement that takes longer")
+    common.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    one = commands.add_parser("step", parents=[common], help="one training step")
+    one.add_argument("--rows", type=_listed(WORKS), default=list(DEFAULT_ROWS), help=f"of {','.join(WORKS)}")
+    one.add_argument("--stacks", type=_listed(STACKS), default=list(STACKS), help=f"of {','.join(STACKS)}")
+    one.add_argument("--warmup", type=int, help="steps before the clock runs")
+    one.add_argument("--steps", type=int, help="timed steps")
+    _add_rows(commands.add_parser("rows", parents=[common], help="real rows through each stack's own trainer"))
+    lengths = commands.add_parser("sweep", parents=[common], help="fitune over row lengths")
+    lengths.add_argument("--rows", type=_listed(WORKS), default=["1b", "8b"])
+    lengths.add_argument("--micro-tokens", type=_numbers(int), default=list(sweep.MICRO_TOKENS))
+    longest = commands.add_parser("fit", parents=[common], help="the longest row that trains in a memory cap")
+    longest.add_argument("--caps", type=_numbers(float), default=[8.0, 16.0, 24.0], help="GB, CUDA context included")
+    paths = commands.add_parser("curves", parents=[common], help="the fast path against the plain one")
+    paths.add_argument("--cases", type=_listed(curves.CASES), default=list(curves.CASES))
+    paths.add_argument("--precisions", type=_listed(curves.PRECISIONS), default=list(curves.PRECISIONS))
+    paths.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["plain", "fast"])
+    paths.add_argument("--updates", type=int, default=200)
+    demo = commands.add_parser("cpu", parents=[common], help="the demo's steps on CPU, both paths in turns")
+    demo.add_argument("--pairs", type=int, default=40, help="timed updates of each path")
+    demo.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["fast", "plain"])
+    commands.add_parser("gemm", parents=[common], help="the GPU's ceilings")
+    make = commands.add_parser("models", parents=[common], help="make the random models")
+    make.add_argument("names", type=_listed(SHAPES), nargs="?", default=list(SHAPES), help=f"of {','.join(SHAPES)}")
+    show = commands.add_parser("table", help="Markdown from a results.jsonl")
+    show.add_argument("file", type=Path)
+    show.add_argument("--out", type=Path, help="write it here; default: print")
+    child = commands.add_parser("child", help="what a measurement's own process runs")
+    child.add_argument("task", choices=tasks.TASKS)
+    child.add_argument("arguments")
+    return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {' and '.join(rows.FILES)}")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Llama-3 tokenizer")
+    parser.add_argument("--updates", type=_numbers(int), default=list(rows.STEPS), help="rows per update: 32,2")
+    parser.add_argument("--stacks", type=_listed(STACKS), default=list(STACKS), help=f"of {','.join(STACKS)}")
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of comma-separated numbers."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return parse
+
+
+def _listed(allowed: Collection[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in allowed]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}; allowed: {','.join(allowed)}")
+        return names
+
+    return parse
+
+
+def _table(options: argparse.Namespace) -> int:
+    text = table.markdown(table.read(options.file))
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _step(runner: Runner, options: argparse.Namespace) -> None:
+    change = {name: getattr(options, name) for name in ("warmup", "steps") if getattr(options, name) is not None}
+    step.run(runner, options.rows, options.stacks, options.models, options.device, change)
+
+
+def _rows(runner: Runner, options: argparse.Namespace) -> None:
+    rows.run(runner, options.data, options.tokenizer, options.models, options.updates, options.stacks)
+
+
+def _sweep(runner: Runner, options: argparse.Namespace) -> None:
+    sweep.run(runner, options.rows, options.micro_tokens, options.models)
+
+
+def _fit(runner: Runner, options: argparse.Namespace) -> None:
+    sweep.fit(runner, options.caps, options.models)
+
+
+def _curves(runner: Runner, options: argparse.Namespace) -> None:
+    how = {"device": options.device, "updates": options.updates, "paths": options.paths}
+    curves.run(runner, options.cases, options.precisions, options.models, **how)
+
+
+def _cpu(runner: Runner, options: argparse.Namespace) -> None:
+    cpu.run(runner, options.pairs, options.paths)
+
+
+def _gemm(runner: Runner, options: argparse.Namespace) -> None:
+    runner.run("gemm", {}, {"kind": "gemm"})
+
+
+def _models(runner: Runner, options: argparse.Namespace) -> None:
+    for name in options.names:
+        runner.make_model(name, options.models)
+
+
+COMMANDS: dict[str, Callable[[Runner, argparse.Namespace], None]] = {
+    "step": _step,
+    "rows": _rows,
+    "sweep": _sweep,
+    "fit": _fit,
+    "curves": _curves,
+    "cpu": _cpu,
+    "gemm": _gemm,
+    "models": _models,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

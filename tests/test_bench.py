@@ -1,0 +1,168 @@
+"""The benchmark package: its tables, its counts, and one tiny step through the whole of it on CPU."""
+
+import json
+import random
+
+import pytest
+
+import tiny
+from bench import rows, sweep
+from bench.__main__ import main
+from bench.children import Runner
+from bench.gemm import rate_for
+from bench.goals import GOALS
+from bench.models import SHAPES, make, model_config, with_tokenizer
+from bench.table import markdown, read
+from bench.work import DEFAULT_ROWS, STACKS, WORKS, block_weights, step_flop
+
+LLAMA_1B = {"model_type": "llama", **SHAPES["llama-3.2-1b"][1]}
+
+
+def record(stack, ms, gigabytes, **more):
+    memory = {f"{name}_bytes": int(gigabytes * 1e9) for name in ("allocated", "reserved", "device_sampled", "pinned")}
+    facts = {"tokens_per_second": round(2048 / ms * 1e3), "startup_seconds": 1.0, "useful_flop": int(11e12)}
+    times = {"step_ms": ms, "min_ms": ms - 1}
+    return {"kind": "step", "row": "1b", "stack": stack, "status": "ok", **times, **memory, **facts, **more}
+
+
+def test_every_goal_and_row_names_known_work():
+    assert set(GOALS) <= set(WORKS)
+    assert set(DEFAULT_ROWS) < set(WORKS)
+    for work in WORKS.values():
+        assert work.model in SHAPES
+        assert set(work.stacks) <= set(STACKS)
+
+
+def test_flop_of_the_first_row_is_what_the_design_says():
+    assert block_weights(LLAMA_1B) == 973_078_528
+    linear = 4 * block_weights(LLAMA_1B) * 2048
+    assert linear / 690e12 == pytest.approx(11.6e-3, rel=0.01)
+    head = 4 * 128256 * 2048 * 2048
+    attention = 7 * 2 * 1024 * 1024 * 2048 * 16
+    assert step_flop(LLAMA_1B, 2, 1024) == linear + head + attention
+    assert step_flop(LLAMA_1B, 2, 1024, recompute=True) == linear * 3 // 2 + head + attention * 9 // 7
+
+
+def test_shares_use_the_ceiling_of_like_size():
+    products = [{"rows": 8192, "bf16": 690.0}, {"rows": 2048, "bf16": 600.0}, {"rows": 2048, "bf16": 620.0}]
+    assert rate_for({"products": products}, 8192) == 690.0
+    assert rate_for({"products": products}, 4096) == 620.0
+    assert rate_for({"products": products}, 16) == 620.0
+
+
+def test_the_table_compares_with_the_best_other_and_the_goal():
+    records = [record("ours", 30.0, 9.0), record("hf", 54.6, 8.99), record("unsloth", 45.0, 5.0)]
+    records.append({"kind": "step", "row": "1b", "stack": "liger", "status": "failed", "error": "no | such\nthing"})
+    records.append(record("ours", 20.0, 4.5))  # newer
+    text = markdown(records)
+    assert "| 20.0 (19.0) ms, 4.50/4.50 GB | 54.6 (53.6) ms, 8.99/8.99 GB | failed: no / such thing |" in text
+    assert "| 0.44 | 0.90 | 21 ms, 4.4 GB: time met, memory missed |" in text
+
+
+def test_the_table_gives_the_share_of_the_measured_rate():
+    gemm = {"kind": "gemm", "status": "ok", "gpu": "a GPU", "copy_gb_per_second": 4000, "versions": {"torch": "2"}}
+    gemm["products"] = [{"rows": 2048, "inputs": 4096, "outputs": 14336, "bf16": 550.0, "bf16_input_gradient": 600.0}]
+    text = markdown([gemm, record("ours", 40.0, 4.0, path="FastPath")])
+    assert "| `1b` | ours | FastPath | 51,200 | 50% |" in text
+    assert "| 2048 x 4096 x 14336 | 550 | 600 | - |" in text
+
+
+def test_a_step_on_cpu_from_the_command_line(tmp_path, capsys):
+    options = ["--out", str(tmp_path / "out"), "--models", str(tmp_path / "models"), "--device", "cpu"]
+    options += ["--warmup", "1", "--steps", "2"]
+    assert main(["step", "--rows", "tiny", "--stacks", "ours,hf", *options[:4], "--seconds", "0"]) == 0
+    assert [row["status"] for row in read(tmp_path / "out" / "results.jsonl")] == ["not started: time is up"] * 2
+    assert main(["step", "--rows", "tiny", "--stacks", "ours", *options]) == 0
+    row = read(tmp_path / "out" / "results.jsonl")[-1]
+    assert row["status"] == "ok", row
+    assert len(row["times_ms"]) == 2
+    assert row["losses"][0] > row["losses"][-1]
+    assert row["tokens_per_second"] == pytest.approx(128 / row["step_ms"] * 1e3, rel=1e-2)
+    assert f"({row['min_ms']:.1f}) ms" in capsys.readouterr().out
+    assert main(["table", str(tmp_path / "out" / "results.jsonl"), "--out", str(tmp_path / "t.md")]) == 0
+    assert "| `tiny` | ours |" in (tmp_path / "t.md").read_text()
+
+
+def test_a_failing_and_a_slow_child_are_recorded(tmp_path):
+    runner = Runner(tmp_path, child_seconds=60)
+    row = runner.run("model", {"name": "no-such-model", "models": str(tmp_path)}, {"kind": "model", "name": "x"})
+    assert (row["status"], row["error"]) == ("failed", "KeyError: 'no-such-model'")
+    slow = Runner(tmp_path, child_seconds=0.0)
+    assert slow.run("gemm", {}, {"kind": "gemm"})["status"] == "timeout"
+    assert [r["status"] for r in read(runner.results)] == ["failed", "timeout"]
+
+
+def test_a_real_tokenizer_must_fit_the_model(tmp_path):
+    folder = make("llama-tiny", tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    vocab = {f"t{i}": i for i in range(model_config(folder)["vocab_size"])}
+    text = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}}
+    (own / "tokenizer.json").write_text(json.dumps(text))
+    (own / "tokenizer_config.json").write_text("{}")
+    both = with_tokenizer(folder, own)
+    assert (both / "tokenizer.json").read_text() == json.dumps(text)
+    assert (both / "model.safetensors").samefile(folder / "model.safetensors")
+    text["model"]["vocab"].popitem()
+    (own / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="1023 entries, llama-tiny has 1024"):
+        with_tokenizer(folder, own.rename(tmp_path / "other"))
+
+
+def test_rows_and_stacks_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        main(["step", "--rows", "1b,2b"])
+    assert "2b; allowed: 1b,1b-ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("per_token", [30_000, 150_000.0, 3_000_000])
+def test_the_longest_row_is_bracketed_in_few_tries(per_token):
+    cap, tries = 8_000_000_000, []
+
+    def probe(tokens):
+        tries.append(tokens)
+        used = 6_000_000_000 + int(per_token * -(-tokens // 1024) * 1024)  # memory grows in steps
+        return used if used <= cap else None
+
+    fits, refused = sweep.longest(probe, cap, lambda: False)
+    assert probe(fits) is not None if fits else True
+    assert probe(refused) is None or refused > sweep.LIMIT
+    assert refused - fits <= max(sweep.GRAIN, fits // 50)
+    assert len(tries) < 14
+    assert all(tokens % sweep.GRAIN == 0 for tokens in tries)
+
+
+def test_the_search_for_the_longest_row_stops_when_told():
+    assert sweep.longest(lambda tokens: tokens, 10**9, lambda: True) == (0, sweep.LIMIT + sweep.GRAIN)
+
+
+def test_real_rows_are_trained_by_the_real_command(tmp_path):
+    folder = tiny.make_model(tmp_path / "model")
+    config = model_config(folder) | {"max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    draw = random.Random(0)
+    for name in rows.FILES:
+        tiny.make_rows(tmp_path / name, draw.randrange(8, 16))
+    row = rows.ours(str(folder), str(tmp_path), 2, str(tmp_path / "out"), steps=4, device="cpu")
+    lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    counted = [json.loads(line) for line in lines][2:]
+    assert row["real_tokens_per_step"] == round(sum(line["tokens"] for line in counted) / 2)
+    assert row["slots_per_step"] >= row["real_tokens_per_step"]
+    assert 0 < row["real_tokens_per_second"] <= 1.2 * row["inside_steps_tokens_per_second"]
+    assert row["note"].startswith(("fast path", "plain path"))
+    shown = {"kind": "rows", "stack": "ours", "layout": "packed", "rows": 2, "status": "ok", **row}
+    other = shown | {"stack": "hf", "real_tokens_per_second": 2 * row["real_tokens_per_second"]}
+    assert "| 0.50 | 1.00 | >= 25,000, 4.5 GB |" in markdown([other, shown])
+
+
+def test_curves_and_lengths_are_shown():
+    errors = {"largest": 0.02, "median": 0.01, "all": 0.015}
+    one = {"kind": "curve", "case": "1b", "dtype": "bf16", "quantization": "nf4", "path": "plain", "status": "ok"}
+    one |= {"path_class": "P", "losses": [2.0, 1.0], "gradient_error_to_reference": errors}
+    two = one | {"path": "fast", "path_class": "F", "losses": [2.25, 0.5], "gradient_error_to_plain": errors}
+    fit = {"kind": "fit", "cap_gb": 8.0, "status": "ok", "tokens": 8192, "refused_tokens": 8448}
+    length = record("ours", 20.0, 3.0, path="F", micro_tokens=16384, tokens=256) | {"kind": "sweep"}
+    text = markdown([one, two, fit, length])
+    assert "| 1b | nf4 | fast | F | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 | 1.00e-02, 2.00e-02 |" in text
+    assert "| 8 | 8,192 | 8,448 | ok |" in text
+    assert "| `1b` | 16,384 | 256 | 20.0 | 102,400 | 550 | 3.00 | 3.00 | F |" in text
