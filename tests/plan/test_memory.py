@@ -20,9 +20,10 @@ from fitune.model.load import DTYPES, Base, load_base
 from fitune.model.quantize import QuantLinear, quantize_blocks
 from fitune.plan.arch import read_arch
 from fitune.plan.hardware import HOPPER, OLDER, find_gpu
+from fitune.plan.job import block_columns
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import lora_columns, plan_memory, planned_level
-from fitune.plan.parts import PHASES, block_columns, parts, plain_bytes_per_token, quantized_bytes
+from fitune.plan.parts import PHASES, parts, plain_bytes_per_token, quantized_bytes
 from fitune.plan.saves import LEVELS
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import PlainPath
@@ -87,7 +88,8 @@ def test_every_buffer_of_the_engine_is_counted_to_the_byte(name, dtype, keep, ta
     assert found["block weights"] == storage_bytes(weights)
     assert found["embedding, norms, head"] == storage_bytes(outer.values())
     groups = [group for block in engine.blocks for group in block.groups.values()]
-    assert found.get("biases of whole groups", 0) == sum(g.bias.nbytes for g in groups if g.bias is not None)
+    biases = [group._product._bias_N for group in groups if group._product._bias_N is not None]
+    assert found.get("biases of whole groups", 0) == sum(bias.nbytes for bias in biases)
     assert found["gradients"] == engine._gradients.nbytes
     assert found["adapters"] == sum(p.nbytes for p in trainable(model).values())
     assert found["saved activations"] == engine._buffers.kept_bytes()
@@ -209,13 +211,14 @@ def test_quantized_layers_are_counted_to_the_byte(kind):
     assert quantized_bytes(kind, 24, 72) == sum(buffer.nbytes for buffer in layer.buffers())
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "glm"])
 def test_the_engine_over_quantized_weights(name, kind):
     config = settings(
         {"name": "lora", "r": 5, "target_modules": "linear"},
         model={"path": "m", "dtype": "bf16", "quantization": kind},
         data={"max_length": 60},
+        train={"device": "cpu", "activation_checkpointing": "attention"},
     )
     found = by_name(plan_memory(read_arch(TINY[name]), config, "no data"))
     real = meta_model(TINY[name]).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
@@ -225,18 +228,26 @@ def test_the_engine_over_quantized_weights(name, kind):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         model = METHODS["lora"].apply(Base(real, None, TINY[name]["model_type"], 128, ""), config.method)
-    engine = EnginePath(model, TINY[name]["model_type"], "full", 64, 60)
+    engine = EnginePath(model, TINY[name]["model_type"], "attention", 64, 60)
     layers = [module for module in real.modules() if isinstance(module, QuantLinear)]
     groups = [group for block in engine.blocks for group in block.groups.values()]
     stored = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
-    assert found["block weights"] == stored + sum(g.A_RK.nbytes + g.B_NR.nbytes for g in groups)
-    assert found["dequantization scratch"] == groups[0]._scratch._flat.nbytes
+    products = [group._product for group in groups]
+    beside = sum(product.A_RK.nbytes + product.B_NR.nbytes for product in products)
+    beside += sum(product._ones_K.nbytes for product in products if kind == "fp8")
+    # On CPU the layers share the table of absmax codes; on a GPU each has its own.
+    assert found["block weights"] == stored + beside
+    assert found["dequantization scratch"] == engine._scratch.bytes
+    engine.reserve(240)
+    assert found["saved activations"] == engine._buffers.kept_bytes()
+    assert found["working set"] == engine._buffers.shared_bytes()
 
 
-def test_the_plain_path_expands_one_layer_at_a_time():
-    plan = plan_of(LLAMA_8B, model={"path": "m", "quantization": "fp8"})
-    assert plan.plain_reason == "model.quantization=fp8"
-    assert by_name(plan)["dequantization scratch"] == 14336 * 4096 * 2
+@pytest.mark.parametrize(("kind", "size"), [("int8", 2), ("nf4", 2), ("fp8", 1)])
+def test_the_plain_path_expands_one_layer_at_a_time(kind, size):
+    plan = plan_of(LLAMA_8B, model={"path": "m", "quantization": kind}, train={"path": "plain"})
+    assert by_name(plan)["dequantization scratch"] == 14336 * 4096 * size
+    assert not plan.job.shape.fp8
 
 
 @pytest.mark.parametrize(("kind", "least", "most"), [("int8", 0.49, 0.51), ("fp8", 0.49, 0.51), ("nf4", 0.25, 0.27)])
@@ -245,8 +256,9 @@ def test_quantized_blocks_shrink_and_need_scratch(kind, least, most):
     plain, quantized = ({part.name: part.bytes for part in parts(replace(job, quantization=q))} for q in ("none", kind))
     assert least < quantized["block weights"] / plain["block weights"] < most
     assert "dequantization scratch" not in plain
-    assert quantized["dequantization scratch"] == (2 * 14336 + 32) * (4096 + 32) * 2
-    assert "group being put together" not in quantized
+    scratch = 2 * 14336 * 4096 if kind == "fp8" else (2 * 14336 + 32) * (4096 + 32) * 2
+    assert quantized["dequantization scratch"] == scratch
+    assert quantized.get("group being put together", 0) == (2 * 14336 * 4096 if kind == "fp8" else 0)
     assert quantized["weights being quantized"] < plain["group being put together"]
     assert quantized["embedding, norms, head"] == plain["embedding, norms, head"]
 

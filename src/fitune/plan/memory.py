@@ -14,8 +14,9 @@ from fitune.config import LoraConfig, RunConfig
 from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec
 from fitune.plan.hardware import CPU, HOPPER, Hardware
+from fitune.plan.job import Columns, Job, block_columns
 from fitune.plan.lengths import Lengths, micro_step
-from fitune.plan.parts import PHASES, Columns, Job, Part, Phase, block_columns, host_bytes, parts
+from fitune.plan.parts import PHASES, Part, Phase, host_bytes, parts
 from fitune.plan.saves import Level, level_of
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -120,9 +121,7 @@ def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
         return arch.plain
     if not isinstance(config.method, LoraConfig):
         return f"method.name={config.method.name}; the engine trains LoRA adapters"
-    if config.method.dropout:
-        return "method.dropout"
-    return "model.quantization=fp8" if config.model.quantization == "fp8" else None
+    return "method.dropout" if config.method.dropout else None
 
 
 def lora_columns(arch: ArchSpec, config: RunConfig) -> Columns:

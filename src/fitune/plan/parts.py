@@ -10,17 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fitune.config import LoraConfig, MethodConfig
-from fitune.plan.arch import ArchSpec, Linear
-from fitune.plan.hardware import MIB, NUM_WORKSPACES, Hardware
-from fitune.plan.lengths import MicroStep
-from fitune.plan.params import Tensors, adapted, trainable
+from fitune.config import LoraConfig
+from fitune.plan.hardware import MIB, NUM_WORKSPACES
+from fitune.plan.job import Job
 from fitune.plan.saves import (
     GROUPS,
-    BlockShape,
-    Level,
     block_saves,
-    bucket,
     head_bytes,
     head_rows,
     saved_bytes,
@@ -29,12 +24,10 @@ from fitune.plan.saves import (
 )
 
 Phase = Literal["loading", "self-check", "forward", "head", "backward", "optimizer step"]
-Columns = tuple[int, int, int, int]
 STEP: tuple[Phase, ...] = ("forward", "head", "backward", "optimizer step")
 READY: tuple[Phase, ...] = ("self-check", *STEP)
 PHASES: tuple[Phase, ...] = ("loading", *READY)
 
-COLUMN_MULTIPLE = 16  # adapter columns of a group: keeps rows aligned to 16 bytes
 CHECK_TOKENS = 256
 INPUT_ROWS, STAGING_SLOTS = 6, 4  # int64 rows of the engine's inputs; how many copies of them the host keeps
 REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
@@ -54,94 +47,6 @@ class Part:
     phases: tuple[Phase, ...] = PHASES
 
 
-@dataclass(frozen=True)
-class Job:
-    """What of a run decides its bytes.
-
-    Attributes:
-        dtype_bytes: of the base weights and of activations.
-        quantization: none, int8, fp8, nf4 or fp4.
-        level: what a block keeps (`saves.LEVELS`).
-        step: the largest micro-step.
-        max_length: longest row [tokens].
-        master_bytes: of an element of train.optimizer_dtype.
-        engine: False on the plain path.
-    """
-
-    arch: ArchSpec
-    method: MethodConfig
-    dtype_bytes: int
-    quantization: str
-    level: Level
-    step: MicroStep
-    max_length: int
-    optimizer: str
-    master_bytes: int
-    hardware: Hardware
-    engine: bool = True
-
-    @property
-    def columns(self) -> tuple[Columns, ...]:
-        """Adapter columns of each block's groups; none on the plain path, where adapters stand apart."""
-        if not self.engine:
-            return ((0, 0, 0, 0),) * self.arch.layers
-        return block_columns(self.arch, self.method)
-
-    @property
-    def shape(self) -> BlockShape:
-        """A block with as many adapter columns as any has: buffers are the same for all."""
-        qkv, o, up, down = (max(found) for found in zip(*self.columns, strict=True))
-        return self.arch.block_shape((qkv, o, up, down))
-
-    @property
-    def kept_blocks(self) -> int:
-        """Blocks that keep activations: those from the lowest trained one up."""
-        lowest = next((i for i, columns in enumerate(self.columns) if any(columns)), 0)
-        return self.arch.layers - lowest
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the buffers of a micro-step are made for; on the plain path with padding."""
-        if not self.engine:
-            return self.step.padded
-        return self.step.real if self.hardware.on_cpu else bucket(self.step.real, self.step.real)
-
-    @property
-    def adapted(self) -> tuple[tuple[Linear, frozenset[int]], ...]:
-        """Layers with an adapter, and in which blocks."""
-        return adapted(self.arch, self.method.target_modules) if isinstance(self.method, LoraConfig) else ()
-
-    @property
-    def trained(self) -> tuple[Tensors, ...]:
-        """Trainable tensors."""
-        return trainable(self.arch, self.method)
-
-    @property
-    def num_trained(self) -> int:
-        """Trainable parameters."""
-        return sum(tensors.elements * tensors.copies for tensors in self.trained)
-
-    @property
-    def is_lora(self) -> bool:
-        """Trains fp32 parameters beside the base."""
-        return isinstance(self.method, LoraConfig)
-
-
-def block_columns(arch: ArchSpec, method: MethodConfig) -> tuple[Columns, ...]:
-    """Adapter columns R of the groups of each block: ranks of its adapted layers, their sum rounded up to 16."""
-    if not isinstance(method, LoraConfig):
-        return ((0, 0, 0, 0),) * arch.layers
-    found = adapted(arch, method.target_modules)
-    rows: list[Columns] = []
-    for number in range(arch.layers):
-        ranks = dict.fromkeys(GROUPS, 0)
-        for linear, blocks in found:
-            ranks[linear.group] += method.r if number in blocks else 0
-        qkv, o, up, down = (-(-ranks[group] // COLUMN_MULTIPLE) * COLUMN_MULTIPLE for group in GROUPS)
-        rows.append((qkv, o, up, down))
-    return tuple(rows)
-
-
 def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
     """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
     elements = outs * ins
@@ -158,7 +63,10 @@ def _outer_weights(job: Job) -> Part:
 
 
 def _block_weights(job: Job) -> Part:
-    """Frozen weights, with the model's dtype copies of the adapters in them or, if quantized, beside them."""
+    """Frozen weights, with the model's dtype copies of the adapters in them or, if quantized, beside them.
+
+    A product in fp8 needs a scale for every row: ones for each input of a group, whose own scales are folded elsewhere.
+    """
     name, layers, size = "block weights", job.arch.layers, job.dtype_bytes
     shapes = [job.arch.block_shape(columns).groups.values() for columns in job.columns]
     if job.quantization == "none":
@@ -166,6 +74,7 @@ def _block_weights(job: Job) -> Part:
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
     one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
     copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
+    copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
     return Part(name, layers * one + copies, formula)
 
@@ -222,12 +131,16 @@ def _adam8_bytes(elements: int) -> int:
 
 
 def _scratch(job: Job) -> Part:
-    """Where quantized weights are expanded: one matrix for all groups, or one layer at a time on the plain path."""
+    """Where quantized weights are expanded or transposed: one for all groups; a layer at a time on the plain path."""
     name, size = "dequantization scratch", job.dtype_bytes
     if job.quantization == "none":
         return Part(name, 0, "")
     if not job.engine:
+        size = 1 if job.quantization == "fp8" else size
         return Part(name, _largest_layer(job) * size, f"largest layer outs x ins x {size} B", ("forward", "backward"))
+    if job.shape.fp8:
+        largest = max(outs * ins for outs, ins, _ in job.shape.groups.values())
+        return Part(name, largest, "largest group outs x ins x 1 B, transposed codes", READY)
     largest = max((outs + r) * (ins + r) for outs, ins, r in job.shape.groups.values())
     return Part(name, largest * size, f"largest group (outs + R) (ins + R) x {size} B", READY)
 
@@ -312,15 +225,17 @@ def _quantizing(job: Job) -> Part:
 
 
 def _loading_copy(job: Job) -> Part:
-    """A group is put together from the weights as they were read; quantized ones stay as they are."""
+    """A group is put together from the weights as they were read; only fp8 does so with quantized ones, R apart."""
     counts = {group: sum(linear.group == group for linear in job.arch.linears) for group in GROUPS}
+    fp8 = job.shape.fp8
+    size = 1 if fp8 else job.dtype_bytes
     sizes = [
-        (outs + r) * (ins + r)
+        outs * ins if fp8 else (outs + r) * (ins + r)
         for group, (outs, ins, r) in job.shape.groups.items()
-        if job.quantization == "none" and job.engine and (r or counts[group] > 1)
+        if job.engine and (fp8 or job.quantization == "none") and (counts[group] > 1 or (r and not fp8))
     ]
-    formula = f"largest group (outs + R) (ins + R) x {job.dtype_bytes} B"
-    return Part("group being put together", max(sizes, default=0) * job.dtype_bytes, formula, ("loading",))
+    formula = f"largest group {'outs x ins' if fp8 else '(outs + R) (ins + R)'} x {size} B"
+    return Part("group being put together", max(sizes, default=0) * size, formula, ("loading",))
 
 
 def _check_buffers(job: Job) -> Part:

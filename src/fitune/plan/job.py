@@ -1,0 +1,103 @@
+"""What of a run decides its bytes: sizes of the model, the method, the largest micro-step, storage, device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fitune.config import LoraConfig, MethodConfig
+from fitune.plan.arch import ArchSpec, Linear
+from fitune.plan.hardware import Hardware
+from fitune.plan.lengths import MicroStep
+from fitune.plan.params import Tensors, adapted, trainable
+from fitune.plan.saves import GROUPS, BlockShape, Level, bucket
+
+Columns = tuple[int, int, int, int]
+COLUMN_MULTIPLE = 16  # adapter columns of a group: keeps rows aligned to 16 bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a run decides its bytes.
+
+    Attributes:
+        dtype_bytes: of the base weights and of activations.
+        quantization: none, int8, fp8, nf4 or fp4.
+        level: what a block keeps (`saves.LEVELS`).
+        step: the largest micro-step.
+        max_length: longest row [tokens].
+        master_bytes: of an element of train.optimizer_dtype.
+        engine: False on the plain path.
+    """
+
+    arch: ArchSpec
+    method: MethodConfig
+    dtype_bytes: int
+    quantization: str
+    level: Level
+    step: MicroStep
+    max_length: int
+    optimizer: str
+    master_bytes: int
+    hardware: Hardware
+    engine: bool = True
+
+    @property
+    def columns(self) -> tuple[Columns, ...]:
+        """Adapter columns of each block's groups; none on the plain path, where adapters stand apart."""
+        if not self.engine:
+            return ((0, 0, 0, 0),) * self.arch.layers
+        return block_columns(self.arch, self.method)
+
+    @property
+    def shape(self) -> BlockShape:
+        """A block with as many adapter columns as any has: buffers are the same for all."""
+        qkv, o, up, down = (max(found) for found in zip(*self.columns, strict=True))
+        return replace(self.arch.block_shape((qkv, o, up, down)), fp8=self.quantization == "fp8" and self.engine)
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that keep activations: those from the lowest trained one up."""
+        lowest = next((i for i, columns in enumerate(self.columns) if any(columns)), 0)
+        return self.arch.layers - lowest
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers of a micro-step are made for; on the plain path with padding."""
+        if not self.engine:
+            return self.step.padded
+        return self.step.real if self.hardware.on_cpu else bucket(self.step.real, self.step.real)
+
+    @property
+    def adapted(self) -> tuple[tuple[Linear, frozenset[int]], ...]:
+        """Layers with an adapter, and in which blocks."""
+        return adapted(self.arch, self.method.target_modules) if isinstance(self.method, LoraConfig) else ()
+
+    @property
+    def trained(self) -> tuple[Tensors, ...]:
+        """Trainable tensors."""
+        return trainable(self.arch, self.method)
+
+    @property
+    def num_trained(self) -> int:
+        """Trainable parameters."""
+        return sum(tensors.elements * tensors.copies for tensors in self.trained)
+
+    @property
+    def is_lora(self) -> bool:
+        """Trains fp32 parameters beside the base."""
+        return isinstance(self.method, LoraConfig)
+
+
+def block_columns(arch: ArchSpec, method: MethodConfig) -> tuple[Columns, ...]:
+    """Adapter columns R of the groups of each block: ranks of its adapted layers, their sum rounded up to 16."""
+    if not isinstance(method, LoraConfig):
+        return ((0, 0, 0, 0),) * arch.layers
+    found = adapted(arch, method.target_modules)
+    rows: list[Columns] = []
+    for number in range(arch.layers):
+        ranks = dict.fromkeys(GROUPS, 0)
+        for linear, blocks in found:
+            ranks[linear.group] += method.r if number in blocks else 0
+        qkv, o, up, down = (-(-ranks[group] // COLUMN_MULTIPLE) * COLUMN_MULTIPLE for group in GROUPS)
+        rows.append((qkv, o, up, down))
+    return tuple(rows)
