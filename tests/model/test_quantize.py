@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,23 @@ def test_errors_and_sizes(quantization, error):
     assert 0.2 * error < (layer.weight - weight).norm() / weight.norm() < error
     per_weight = sum(b.nbytes for name, b in layer.named_buffers() if "table" not in name) / weight.numel()
     assert per_weight == pytest.approx(0.516 if quantization in ("nf4", "fp4") else 1.004, rel=1e-3)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_page_says_what_is_measured(quantization):
+    """The table of docs/quantization.md: bytes per weight, errors of weights and of products."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{quantization}` |")]
+    stated = [float(cell.strip(" %")) for cell in row.strip("|").split("|")[2:5]]
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(1024, 4096, generator=generator) * 0.02, torch.randn(64, 4096, generator=generator)
+    layer = QuantLinear(weight, None, quantization)
+    measured = [
+        sum(b.nbytes for name, b in layer.named_buffers() if "table" not in name) / weight.numel(),
+        100 * ((layer.weight - weight).norm() / weight.norm()).item(),
+        100 * ((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()).item(),
+    ]
+    assert stated == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -322,7 +340,7 @@ def test_merging_into_quantized_weights_is_refused(tiny):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_a_gpu_makes_the_same_bytes_with_little_memory(quantization):
-    """A model of 8 blocks, 270 million weights: at most the result and 100 MB on the GPU, at any time."""
+    """Six blocks with 308 million weights: at no time more than the result and 100 MB are on the GPU."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -338,7 +356,7 @@ def test_a_gpu_makes_the_same_bytes_with_little_memory(quantization):
     quantize_blocks(model, quantization, cuda)
     final = torch.cuda.memory_allocated()
     assert torch.cuda.max_memory_allocated() - final <= 100e6
-    assert final - start < 0.3e9
+    assert final - start < 0.315e9
     for (name, ours), (_, cpu) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
         if "rotary" not in name:
             assert same_bytes(ours.cpu(), cpu), name

@@ -264,7 +264,7 @@ def test_out_of_memory_says_what_to_do(tree, monkeypatch):
 
 
 def test_out_of_memory_while_loading(tree, tmp_path, monkeypatch):
-    def full(folder, dtype, device):
+    def full(folder, dtype, device, quantization):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(run, "load_base", full)

@@ -78,8 +78,8 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
         MemoryError: the host has too little memory (torch.OutOfMemoryError: the GPU has).
-    Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized, that much on the host, and on the GPU
-        no more than the result and 100 MB.
+    Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized: on the device the result and at most
+        100 MB; on the host pages of the weight files, or, if `dtype` is not the files', a copy of the model.
     """
     import transformers
 

@@ -14,7 +14,7 @@ import torch
 from fitune.kernels.dequantize import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from fitune.kernels.fp8 import E4M3, quantize_rows
 
-SLICE = 2**22  # weights per slice: 16 MB in fp32
+SLICE = 2**21  # weights per slice: 8 MB in fp32
 _TINY = 1e-38  # instead of an absmax of 0
 _GRID = 2**16
 
