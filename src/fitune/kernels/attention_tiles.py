@@ -46,6 +46,20 @@ def _store(target, stride, row, head, limit, value, D: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
+def _block(PAIRED: tl.constexpr):
+    """Which block this program takes: 0, 1, 2 ... or, if PAIRED, the even ones upwards and then the odd ones downwards.
+
+    Work grows or falls along a document, so neighbouring blocks do about the same. Where all programs start at once, a
+    processor gets the i-th of each half: paired, that is one with much work and one with little.
+    """
+    block = tl.program_id(1)
+    if PAIRED:
+        count = tl.num_programs(1)
+        block = tl.where(block < (count + 1) // 2, 2 * block, 2 * (count - 1 - block) + 1)
+    return block
+
+
+@triton.jit
 def _key_blocks(start, m0, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Blocks of keys that rows m0 .. m0 + M see: first key, masked blocks before, unmasked blocks, all masked blocks.
 
@@ -86,13 +100,12 @@ def _softmax_step(
 def forward_kernel(
     q, k, v, out, lse, start, slopes, q_stride, k_stride, v_stride, out_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, TMA: tl.constexpr,
+    ALIBI: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of M rows of one head."""
     head = tl.program_id(0)
-    m0 = (
-        tl.num_programs(1) - 1 - tl.program_id(1)
-    ) * BLOCK_M  # late rows see most keys: first, so that no tail remains
+    # Late rows see most keys: they go first, so that no long program is left at the end.
+    m0 = (tl.num_programs(1) - 1 - _block(PAIRED)) * BLOCK_M
     row_M = m0 + tl.arange(0, BLOCK_M)
     column_N = tl.arange(0, BLOCK_N)
     start_M = tl.load(start + row_M, row_M < T, other=T)
@@ -145,11 +158,11 @@ def dq_kernel(
     q, k, v, out, dout, dq, lse, delta, start, slopes,
     q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, TMA: tl.constexpr,
+    ALIBI: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of M rows of one query head, and delta = sum of dout * out of those rows for `dkv_kernel`."""
     head = tl.program_id(0)
-    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    m0 = (tl.num_programs(1) - 1 - _block(PAIRED)) * BLOCK_M
     row_M = m0 + tl.arange(0, BLOCK_M)
     column_N = tl.arange(0, BLOCK_N)
     start_M = tl.load(start + row_M, row_M < T, other=T)
@@ -201,11 +214,11 @@ def dkv_kernel(
     q, k, v, dout, dk, dv, lse, delta, end, slopes,
     q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, TMA: tl.constexpr,
+    ALIBI: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of N rows of one key/value head: one loop over all query heads of its group and their blocks."""
     kv_head = tl.program_id(0)
-    n0 = tl.program_id(1) * BLOCK_N  # early keys are seen by most rows: first
+    n0 = _block(PAIRED) * BLOCK_N  # early keys are seen by most rows: first
     key_N = n0 + tl.arange(0, BLOCK_N)
     column_M = tl.arange(0, BLOCK_M)
     end_N = tl.load(end + key_N, key_N < T, other=0)

@@ -73,28 +73,35 @@ _TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
 _SCALAR_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
-def tile_of(step: Pass, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile for one kernel: heads of `width` elements of `dtype` on a GPU of that compute capability."""
+# The kernel of (64, 64, 4, 2, tma) spills more with slopes than without, and its dk was wrong on an H200 (Triton 3.6)
+_SLOPES_TILES: dict[tuple[Pass, int, int], Tile] = {("dkv", 90, 128): Tile(32, 64, 4, 3, tma=True)}
+
+
+def tile_of(step: Pass, qkv: QKV, scoring: Scoring, capability: tuple[int, int]) -> Tile:
+    """The tile for one kernel on a GPU of that compute capability."""
+    width, dtype = qkv.q_Thd.shape[2], qkv.q_Thd.dtype
     generation = capability[0] * 10 + capability[1]
     if dtype == torch.float32 or generation < 80:
         return next(tile for widest, tile in _SCALAR_TILES.items() if width <= widest)
     if generation >= 120:  # consumer GPUs again have 99 KB of shared memory
         generation = 86
-    table = _TILES[step].items()
-    return next(tile for (oldest, widest), tile in table if generation >= oldest and width <= widest)
+    oldest, widest = next(key for key in _TILES[step] if generation >= key[0] and width <= key[1])
+    tile = _TILES[step][oldest, widest]
+    return tile if scoring.slopes_h is None else _SLOPES_TILES.get((step, oldest, widest), tile)
 
 
 def attention_triton(
     qkv: QKV, scoring: Scoring, out_Thd: torch.Tensor, lse_hT: torch.Tensor, tile: Tile | None = None
 ) -> None:
     """`attention` on CUDA in one launch; `tile` is for tests and measurements."""
-    tile = tile or _tile_for("forward", qkv)
+    tile = tile or _tile_for("forward", qkv, scoring)
     tokens, heads, _ = qkv.q_Thd.shape
     k, v = _loop_inputs([qkv.k_Tgd, qkv.v_Tgd], tile.keys, tile)
-    forward_kernel[(heads, triton.cdiv(tokens, tile.rows))](
+    grid = heads, triton.cdiv(tokens, tile.rows)
+    forward_kernel[grid](
         qkv.q_Thd, k, v, out_Thd, lse_hT, scoring.documents.start_T, _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0), out_Thd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, scoring, tile, k),
+        tokens, scoring.scale, **_constants(qkv, scoring, tile, k, grid),
     )  # fmt: skip
 
 
@@ -121,16 +128,17 @@ def queries_backward_triton(
     tile: Tile | None = None,
 ) -> None:
     """The first launch of the backward pass: `dqkv.q_Thd` and `delta_hT`; saved is dout_Thd, out_Thd, lse_hT."""
-    tile = tile or _tile_for("dq", qkv)
+    tile = tile or _tile_for("dq", qkv, scoring)
     dout_Thd, out_Thd, lse_hT = saved
     tokens, heads, _ = qkv.q_Thd.shape
     k, v = _loop_inputs([qkv.k_Tgd, qkv.v_Tgd], tile.keys, tile)
-    dq_kernel[(heads, triton.cdiv(tokens, tile.rows))](
+    grid = heads, triton.cdiv(tokens, tile.rows)
+    dq_kernel[grid](
         qkv.q_Thd, k, v, out_Thd, dout_Thd, dqkv.q_Thd, lse_hT, delta_hT,
         scoring.documents.start_T, _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
         out_Thd.stride(0), dout_Thd.stride(0), dqkv.q_Thd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, scoring, tile, k),
+        tokens, scoring.scale, **_constants(qkv, scoring, tile, k, grid),
     )  # fmt: skip
 
 
@@ -143,22 +151,27 @@ def keys_backward_triton(
     tile: Tile | None = None,
 ) -> None:
     """The second launch: `dqkv.k_Tgd` and `dqkv.v_Tgd` from the first one's `delta_hT`; saved is dout_Thd, lse_hT."""
-    tile = tile or _tile_for("dkv", qkv)
+    tile = tile or _tile_for("dkv", qkv, scoring)
     dout_Thd, lse_hT = saved
     tokens, kv_heads, _ = qkv.k_Tgd.shape
     q, dout = _loop_inputs([qkv.q_Thd, dout_Thd], tile.rows, tile)
-    dkv_kernel[(kv_heads, triton.cdiv(tokens, tile.keys))](
+    grid = kv_heads, triton.cdiv(tokens, tile.keys)
+    dkv_kernel[grid](
         q, qkv.k_Tgd, qkv.v_Tgd, dout, dqkv.k_Tgd, dqkv.v_Tgd, lse_hT, delta_hT,
         scoring.documents.end_T, _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
         dout_Thd.stride(0), dqkv.k_Tgd.stride(0), dqkv.v_Tgd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, scoring, tile, q),
+        tokens, scoring.scale, **_constants(qkv, scoring, tile, q, grid),
     )  # fmt: skip
 
 
-def _tile_for(step: Pass, qkv: QKV) -> Tile:
-    q_Thd = qkv.q_Thd
-    return tile_of(step, q_Thd.shape[2], q_Thd.dtype, torch.cuda.get_device_capability(q_Thd.device))
+def _tile_for(step: Pass, qkv: QKV, scoring: Scoring) -> Tile:
+    return tile_of(step, qkv, scoring, torch.cuda.get_device_capability(qkv.q_Thd.device))
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; on CPU, for the interpreter, so few that some grids are paired and others are not."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def _slopes(scoring: Scoring, unused: torch.Tensor) -> torch.Tensor:
@@ -174,7 +187,7 @@ def _loop_inputs(sources: list[torch.Tensor], rows: int, tile: Tile) -> list[Any
     return [TensorDescriptor(x, [len(x), x.shape[1] * width], [x.stride(0), 1], [rows, width]) for x in sources]
 
 
-def _constants(qkv: QKV, scoring: Scoring, tile: Tile, source: object) -> dict[str, Any]:
+def _constants(qkv: QKV, scoring: Scoring, tile: Tile, source: object, grid: tuple[int, int]) -> dict[str, Any]:
     width = qkv.q_Thd.shape[2]
     return {
         "GROUP": qkv.q_Thd.shape[1] // qkv.k_Tgd.shape[1],
@@ -184,6 +197,8 @@ def _constants(qkv: QKV, scoring: Scoring, tile: Tile, source: object) -> dict[s
         "BLOCK_N": tile.keys,
         "ALIBI": scoring.slopes_h is not None,
         "TMA": isinstance(source, TensorDescriptor),
+        # two programs fit on a processor with most tiles, so that these all start at once
+        "PAIRED": grid[0] * grid[1] <= 2 * _processors(qkv.q_Thd.device),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
