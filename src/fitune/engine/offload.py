@@ -24,7 +24,7 @@ class Offload:
         size = capacity * width
         self._slots = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         self._host = [torch.empty(size, dtype=dtype, pin_memory=self._cuda) for _ in range(layers)]
-        self._side: Any = torch.cuda.Stream() if self._cuda else None
+        self._side: Any = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
         self._moved: list[Any] = [None] * layers
 
     @property
@@ -73,7 +73,7 @@ class Offload:
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             to[:count].copy_(source[:count], non_blocking=True)
-            self._moved[layer] = torch.cuda.Event()
+            self._moved[layer] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._moved[layer].record(self._side)
 
     def _wait(self, layer: int) -> None:

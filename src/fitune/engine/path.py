@@ -26,6 +26,7 @@ from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
 from fitune.plan.saves import Level, bucket
 
+cuda: Any = torch.cuda  # only partly typed
 FIELDS = ("ids", "positions", "start", "end", "index", "targets")  # what travels to the device, one row each
 
 
@@ -51,7 +52,7 @@ class EnginePath:
         self._scratch = Scratch(self.dtype, self.device)
         self.blocks = [Block(layer, spec, level, self.dtype, self._scratch) for layer in base.model.layers]
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # fused weights left holes of other sizes
+            cuda.empty_cache()  # fused weights left holes of other sizes
         columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
         self.shape = block_shape(model, spec, (columns[0], columns[1], columns[2], columns[3]))
         fp8 = {group.quantization == "fp8" for block in self.blocks for group in block.groups.values()}
@@ -68,11 +69,11 @@ class EnginePath:
         self._rotary = Rotary(cos, sin, self.shape.head_dim, spec.interleaved)
         self._scale = torch.ones((), device=self.device)
         self._loss_sum = torch.zeros((), device=self.device)
-        self._attach_gradients()
+        self._join_adapters()
         self._graphs: dict[int, dict[str, Any]] = {}
         self._pool: Any = None
         # One stream for warming up and capturing: the library workspaces of a stream are 32 MiB and more.
-        self._stream: Any = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._stream: Any = cuda.Stream() if self.device.type == "cuda" else None
         self.reserve(max_tokens)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -83,21 +84,33 @@ class EnginePath:
         """See `training.path.Path.loss_and_grad`."""
         return self._run(batch, scale)
 
-    def _attach_gradients(self) -> None:
-        """One flat fp32 buffer holds all adapters' gradients; parameters' .grad are views of it."""
+    @property
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]]:
+        """All adapters' values as one fp32 vector, their gradients as another, and the parameters in that order."""
+        return self._values, self._gradients, [parameter for parameter, _ in self._parameters]
+
+    def _join_adapters(self) -> None:
+        """Move all trained adapters into one vector; their gradients are another, parameters' .grad views of it."""
         groups = [group for block in self.blocks for group in block.groups.values()]
-        self._gradients = torch.zeros(sum(p.numel() for g in groups for p in g.parameters()), device=self.device)
+        parameters = [parameter for group in groups for parameter in group.parameters()]
+        self._values = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
+        self._gradients = torch.zeros_like(self._values)
         self._parameters: list[tuple[nn.Parameter, torch.Tensor]] = []
         at = 0
         for group in groups:
             group.use_gradients(self._gradients[at:])
             for parameter in group.parameters():
-                self._parameters.append((parameter, self._gradients[at : at + parameter.numel()].view_as(parameter)))
-                at += parameter.numel()
+                part = slice(at, at + parameter.numel())
+                parameter.data = self._values[part].view(parameter.shape)
+                self._parameters.append((parameter, self._gradients[part].view(parameter.shape)))
+                at = part.stop
+        self._places = [parameter.data_ptr() for parameter in parameters]
         self._refresh = Refresh([copy for group in groups for copy in group.copies()])
 
     def _claim_gradients(self) -> None:
         """The optimizer drops gradients between steps; ours are static, so they are zeroed and given back."""
+        if [parameter.data_ptr() for parameter, _ in self._parameters] != self._places:
+            raise RuntimeError("adapter parameters were moved after the engine was made; make a new EnginePath")
         fresh = [(parameter, view) for parameter, view in self._parameters if parameter.grad is None]
         if len(fresh) == len(self._parameters):
             self._gradients.zero_()
@@ -242,19 +255,22 @@ class EnginePath:
 
             return run
 
-        steps = {"forward": forward, "loss": head(False), "head": head(True), "backward": lambda: self._backward(size)}
+        def backward() -> None:
+            self._backward(size)
+
+        steps = {"forward": forward, "loss": head(False), "head": head(True), "backward": backward}
         kept = self._gradients.clone()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(cuda.current_stream())
+        with cuda.stream(self._stream):
             for run in steps.values():
                 chunk.zero_()
                 run()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        cuda.current_stream().wait_stream(self._stream)
         self._gradients.copy_(kept)
         graphs: dict[str, Any] = {"chunk": chunk}
         for name, run in steps.items():
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name], pool=self._pool, stream=self._stream):
+            graphs[name] = cuda.CUDAGraph()
+            with cuda.graph(graphs[name], pool=self._pool, stream=self._stream):
                 run()
             self._pool = graphs[name].pool()  # replays never overlap, so all graphs share their temporaries
         return graphs
@@ -287,7 +303,7 @@ class _Staging:
         staged[5, :count], staged[5, count:padded] = rows["targets"], IGNORE
         self._inputs.copy_(staged, non_blocking=self._cuda)
         if self._cuda:
-            self._sent[slot] = torch.cuda.Event()
+            self._sent[slot] = cuda.Event()
             self._sent[slot].record()
 
 

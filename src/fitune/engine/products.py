@@ -7,8 +7,8 @@
 
 so an adapter costs no second pass over any output. The frozen weights become views of the matrix and stay in place for
 the plain path. `Expanded`: the same matrix, made from 8- or 4-bit weights in one scratch that all groups share, for
-each product. `RowsFp8`: rows of x (or dy) and of W as fp8 codes with a scale each; the adapter is a second, thin product,
-since in fp8 it would lose what it learns.
+each product. `RowsFp8`: rows of x (or dy) and of W as fp8 codes with a scale each; the adapter is a second, thin
+product, since in fp8 it would lose what it learns.
 
 Shapes: T tokens, K inputs, N outputs, R adapter columns.
 """

@@ -23,6 +23,7 @@ from fitune.data.batches import StepPlan
 from fitune.data.prepare import Dataset, prepare, write_rejected
 from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
+from fitune.engine.path import EnginePath
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
@@ -199,7 +200,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
         model = method.apply(base, config.method)
     with memory_errors(config, "preparing the micro-steps", None):
         path, path_note = choose_path(model, base, config, dataset)
-        optimizer = MasterOptimizer(trainable(model), config.train)
+        vectors = path.vectors if isinstance(path, EnginePath) else None
+        optimizer = MasterOptimizer(trainable(model), config.train, vectors)
     return Session(
         config=config,
         dataset=dataset,
