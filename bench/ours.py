@@ -25,9 +25,8 @@ from fitune.config import RunConfig, build
 from fitune.data.batches import Batch, pad
 from fitune.data.prepare import Dataset, Row
 from fitune.methods import METHODS
-from fitune.methods.base import trainable
 from fitune.model.load import count_parameters, load_base, pick_device
-from fitune.training.choose import choose_path
+from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import set_up_device
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import Path as ModelPath
@@ -71,7 +70,7 @@ def config_of(work: Work, folder: Path, device: str, extra: dict[str, dict[str, 
             "learning_rate": 1e-4,
             "micro_batch_rows": work.rows,
             "global_batch_rows": work.rows,
-            "activation_checkpointing": work.checkpointing,
+            "activation_checkpointing": work.level or work.checkpointing,
         },
     }
     if work.quantization != "none":
@@ -104,7 +103,7 @@ def assemble(config: RunConfig, folder: Path, rows: Sequence[Row], use: DeviceUs
     use.sample()
     dataset = Dataset(train=tuple(rows), eval=(), rejected=(), fingerprint="", summary={})
     path, note = choose_path(model, base, config, dataset)
-    optimizer = MasterOptimizer(trainable(model), config.train)
+    optimizer = optimizer_for(model, path, config)
     synchronize()
     use.sample()
     return Assembled(config, model, path, note, optimizer, device, loaded - started, time.perf_counter() - loaded)

@@ -20,6 +20,7 @@ class Work:
         rows, tokens: rows of the step's one micro batch, tokens of each row.
         targets: `attention` (query and value, or the fused projection) or `linear` (every linear layer of the blocks).
         checkpointing: recompute every block in the backward pass.
+        level: our `train.activation_checkpointing` where it is not simply `checkpointing`.
         stacks: who can do it at all.
         warmup, steps: steps before the clock runs, and timed ones.
     """
@@ -34,6 +35,7 @@ class Work:
     method: str = "lora"
     quantization: str = "none"
     checkpointing: bool = False
+    level: str = ""
     stacks: tuple[str, ...] = STACKS
     warmup: int = 3
     steps: int = 20
@@ -46,6 +48,7 @@ _8B: dict[str, Any] = {
     "r": 16,
     "targets": "linear",
     "checkpointing": True,
+    "level": "offload",
     "steps": 6,
 }
 _GLM: dict[str, Any] = {"model": "chatglm3-6b", "checkpointing": True, "stacks": _HF, "steps": 10}
@@ -63,7 +66,7 @@ WORKS: dict[str, Work] = {
         Work("8b-nf4", "same, nf4 + double quant", quantization="nf4", **_8B),
         Work("8b-int8", "same, int8", quantization="int8", **_8B),
         Work("8b-fp8", "same, fp8 base and arithmetic", quantization="fp8", **_8B | {"stacks": _OURS}),
-        Work("8b-48gb", "same, bf16, 48 GB to spend", **_8B | {"checkpointing": False, "stacks": _OURS}),
+        Work("8b-48gb", "same, bf16, 48 GB to spend", **_8B | {"checkpointing": False, "level": "", "stacks": _OURS}),
         Work("glm", "ChatGLM3-6B shape (native GLM), LoRA r=8 q,v, 2x1024, checkpointing, bf16", **_GLM),
         Work("glm-int8", "same, int8", quantization="int8", **_GLM),
         Work("bloom", "BLOOM-1b4 shape, LoRA r=8 qkv, bf16, 2x1024", **_BLOOM),

@@ -64,7 +64,9 @@ def test_same_values_and_states(weight_decay):
 
 def test_other_optimizers_keep_parameters_apart():
     named = parameters(0)
-    optimizer = MasterOptimizer(named, TrainConfig(optimizer_dtype="bf16", adam_epsilon=1e-5), in_one_vector(named))
+    optimizer = MasterOptimizer(
+        named, TrainConfig(learning_rate=1e-2, optimizer_dtype="bf16", adam_epsilon=1e-5), in_one_vector(named)
+    )
     train(optimizer, named, 1)
     assert len(optimizer.masters) == 2
     assert all(m.dtype == torch.bfloat16 for m in optimizer.masters.values())

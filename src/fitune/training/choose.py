@@ -15,6 +15,7 @@ from fitune.methods.base import trainable
 from fitune.model.load import Base
 from fitune.plan.lengths import Lengths, micro_step
 from fitune.plan.saves import level_of
+from fitune.training.optim import MasterOptimizer
 from fitune.training.path import Path, PlainPath, check_packing
 
 CHECK_TOKENS = 256
@@ -55,6 +56,11 @@ def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:
     """Upper bound of the tokens in one micro-batch of this data; the plan uses the same."""
     lengths = Lengths(*(tuple(row.num_tokens for row in rows) for rows in (dataset.train, dataset.eval)))
     return micro_step(config, lengths).real
+
+
+def optimizer_for(model: nn.Module, path: Path, config: RunConfig) -> MasterOptimizer:
+    """The optimizer of a run; the engine keeps all adapters in one vector, which is then one tensor to update."""
+    return MasterOptimizer(trainable(model), config.train, path.vectors if isinstance(path, EnginePath) else None)
 
 
 def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:

@@ -23,18 +23,16 @@ from fitune.data.batches import StepPlan
 from fitune.data.prepare import Dataset, prepare, write_rejected
 from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
-from fitune.engine.path import EnginePath
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
-from fitune.methods.base import trainable
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
 from fitune.model.quantize import emulation_note
 from fitune.training import checkpoint, loop, samples
-from fitune.training.choose import choose_path
+from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import memory_errors, process_state, set_up_device
 from fitune.training.metrics import memory_bytes, versions
-from fitune.training.optim import LossScale, MasterOptimizer
+from fitune.training.optim import LossScale
 from fitune.training.progress import Progress
 from fitune.training.report import write_report
 from fitune.training.run_folder import RunFolder
@@ -200,8 +198,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
         model = method.apply(base, config.method)
     with memory_errors(config, "preparing the micro-steps", None):
         path, path_note = choose_path(model, base, config, dataset)
-        vectors = path.vectors if isinstance(path, EnginePath) else None
-        optimizer = MasterOptimizer(trainable(model), config.train, vectors)
+        optimizer = optimizer_for(model, path, config)
     return Session(
         config=config,
         dataset=dataset,
