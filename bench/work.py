@@ -41,6 +41,7 @@ class Work:
     steps: int = 20
 
 
+_1B: dict[str, Any] = {"model": "llama-3.2-1b", "checkpointing": True, "level": "offload"}
 _8B: dict[str, Any] = {
     "model": "llama-3.1-8b",
     "rows": 4,
@@ -58,10 +59,10 @@ WORKS: dict[str, Work] = {
     work.key: work
     for work in (
         Work("1b", "Llama-3.2-1B, LoRA r=8 q,v, bf16, 2x1024", "llama-3.2-1b"),
-        Work("1b-ckpt", "same, checkpointing", "llama-3.2-1b", checkpointing=True),
-        Work("1b-ckpt-nf4", "same, nf4 + double quant", "llama-3.2-1b", checkpointing=True, quantization="nf4"),
-        Work("1b-ckpt-int8", "same, int8", "llama-3.2-1b", checkpointing=True, quantization="int8"),
-        Work("1b-ckpt-fp8", "same, fp8", "llama-3.2-1b", checkpointing=True, quantization="fp8", stacks=_OURS),
+        Work("1b-ckpt", "same, checkpointing", **_1B),
+        Work("1b-ckpt-nf4", "same, nf4 + double quant", quantization="nf4", **_1B),
+        Work("1b-ckpt-int8", "same, int8", quantization="int8", **_1B),
+        Work("1b-ckpt-fp8", "same, fp8", quantization="fp8", **_1B | {"stacks": _OURS}),
         Work("8b", "Llama-3.1-8B, LoRA r=16 all-linear, 4x2048, checkpointing, bf16", **_8B),
         Work("8b-nf4", "same, nf4 + double quant", quantization="nf4", **_8B),
         Work("8b-int8", "same, int8", quantization="int8", **_8B),

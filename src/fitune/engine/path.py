@@ -7,7 +7,8 @@ they are captured once per static size. On CPU the same functions run directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -51,8 +52,6 @@ class EnginePath:
         self.level = level
         self._scratch = Scratch(self.dtype, self.device)
         self.blocks = [Block(layer, spec, level, self.dtype, self._scratch) for layer in base.model.layers]
-        if self.device.type == "cuda":
-            cuda.empty_cache()  # fused weights left holes of other sizes
         columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
         self.shape = block_shape(model, spec, (columns[0], columns[1], columns[2], columns[3]))
         fp8 = {group.quantization == "fp8" for block in self.blocks for group in block.groups.values()}
@@ -83,6 +82,22 @@ class EnginePath:
     def loss_and_grad(self, batch: Batch, scale: float) -> torch.Tensor:
         """See `training.path.Path.loss_and_grad`."""
         return self._run(batch, scale)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self._embedding_VH.shape[0])
+
+    @contextmanager
+    def own_stream(self) -> Iterator[None]:
+        """Run what stands inside on the stream that graphs are captured on."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(cuda.current_stream())
+        with cuda.stream(self._stream):
+            yield
+        cuda.current_stream().wait_stream(self._stream)
 
     @property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]]:
@@ -125,6 +140,8 @@ class EnginePath:
         self._graphs.clear()
         self._pool = None
         self._buffers: Buffers | None = None  # freed before the larger ones are made
+        if self.device.type == "cuda":
+            cuda.empty_cache()  # fusing weights and the self-check left holes of other sizes
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
         kept = len(self.blocks) - self._lowest
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
@@ -260,12 +277,10 @@ class EnginePath:
 
         steps = {"forward": forward, "loss": head(False), "head": head(True), "backward": backward}
         kept = self._gradients.clone()
-        self._stream.wait_stream(cuda.current_stream())
-        with cuda.stream(self._stream):
+        with self.own_stream():
             for run in steps.values():
                 chunk.zero_()
                 run()
-        cuda.current_stream().wait_stream(self._stream)
         self._gradients.copy_(kept)
         graphs: dict[str, Any] = {"chunk": chunk}
         for name, run in steps.items():

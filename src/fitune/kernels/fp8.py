@@ -173,7 +173,8 @@ def multiply_rows_into(
     if scale_N is None:
         scale_N = torch.ones(codes_NK.shape[0], device=codes_NK.device)
     scales = scale_T[:, None], scale_N[None, :]
-    if is_native(codes_TK.device, dtype, codes_NK.shape[0], codes_NK.shape[1]):
+    # One row is a vector to the library, which has no such product; generation runs emulated.
+    if len(codes_TK) > 1 and is_native(codes_TK.device, dtype, codes_NK.shape[0], codes_NK.shape[1]):
         torch._scaled_mm(
             codes_TK, codes_NK.T, *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=fast_accumulation, out=out_TN
         )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 MIB = 2**20
 # cuBLAS keeps one workspace per handle and stream. Plain path: the run's stream, from the thread that runs forwards and
-# from autograd's (both seen in measurements). The engine besides: the stream it warms up and captures on.
-NUM_WORKSPACES = {"plain": 2, "engine": 3}
+# from autograd's (both seen in measurements). Engine: the run's stream, on which samples are generated before training,
+# and its own.
+NUM_WORKSPACES = {"plain": 2, "engine": 2}
 
 
 @dataclass(frozen=True)

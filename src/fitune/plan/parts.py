@@ -16,6 +16,8 @@ from fitune.plan.job import Job
 from fitune.plan.saves import (
     GROUPS,
     block_saves,
+    bucket,
+    check_tokens,
     head_bytes,
     head_rows,
     saved_bytes,
@@ -28,7 +30,6 @@ STEP: tuple[Phase, ...] = ("forward", "head", "backward", "optimizer step")
 READY: tuple[Phase, ...] = ("self-check", *STEP)
 PHASES: tuple[Phase, ...] = ("loading", *READY)
 
-CHECK_TOKENS = 256
 INPUT_ROWS, STAGING_SLOTS = 6, 4  # int64 rows of the engine's inputs; how many copies of them the host keeps
 REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
 QUANT_SLICE_BYTES = 6 * 4 * 2**22  # weights on their way into 4 bits: six fp32 slices
@@ -241,18 +242,18 @@ def _loading_copy(job: Job) -> Part:
 def _check_buffers(job: Job) -> Part:
     if not job.engine:
         return Part("self-check: engine", 0, "")
-    size = saved_bytes(job.shape, job.level, CHECK_TOKENS, job.kept_blocks, job.dtype_bytes)
-    size += shared_bytes(job.shape, job.level, CHECK_TOKENS, job.dtype_bytes)
-    return Part(
-        "self-check: engine", size, f"saved activations and working set of {CHECK_TOKENS} tokens", ("self-check",)
-    )
+    tokens = check_tokens(job.arch.vocab)
+    tokens = tokens if job.hardware.on_cpu else bucket(tokens, tokens)
+    size = saved_bytes(job.shape, job.level, tokens, job.kept_blocks, job.dtype_bytes)
+    size += shared_bytes(job.shape, job.level, tokens, job.dtype_bytes)
+    return Part("self-check: engine", size, f"saved activations and working set of {tokens} tokens", ("self-check",))
 
 
 def _check_plain(job: Job) -> Part:
     """One row through transformers and PEFT, with copies of the adapters and a second set of gradients."""
     if not job.engine:
         return Part("self-check: plain path", 0, "")
-    tokens = min(CHECK_TOKENS, job.step.first)
+    tokens = min(check_tokens(job.arch.vocab), job.step.first)
     kept = tokens * job.arch.layers * plain_bytes_per_token(job)
     kept += 0 if job.quantization == "none" else _largest_layer(job) * job.dtype_bytes
     logits = tokens * job.arch.vocab * (job.dtype_bytes + 12)

@@ -176,6 +176,11 @@ def head_bytes(hidden: int, vocabulary: int, dtype_bytes: int) -> int:
     return rows * (vocabulary * dtype_bytes + 3 * hidden * dtype_bytes + 8)
 
 
+def check_tokens(vocabulary: int) -> int:
+    """Tokens of the self-check: at most 256, and logits of the plain path (14 bytes each) of about 64 MB."""
+    return max(32, min(256, 2**26 // (14 * vocabulary)))
+
+
 def bucket(tokens: int, largest: int) -> int:
     """The static size a micro-step of `tokens` runs at on a GPU: eighths of the largest, in steps of 64."""
     step = max(64, -(-largest // (8 * 64)) * 64)
