@@ -58,10 +58,11 @@ class EnginePath:
         if len(fp8) > 1:
             raise Unsupported("some projections in fp8 and some not")
         self.shape = replace(self.shape, fp8=fp8 == {True})
-        self._lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
+        # The lowest block that trains: below it nothing is kept and no gradient computed.
+        self.lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
         for block in self.blocks:
             block.shape = self.shape
-        self.blocks[self._lowest].first = True
+        self.blocks[self.lowest].first = True
         final = base.model.norm
         self._head = Head(Norm(final.weight.detach(), None, epsilon(final)), base.get_output_embeddings())
         cos, sin = rotary_tables(model, max_position, self.dtype)
@@ -98,6 +99,30 @@ class EnginePath:
         with cuda.stream(self._stream):
             yield
         cuda.current_stream().wait_stream(self._stream)
+
+    def run_block(
+        self, number: int, batch: Batch, x_TH: torch.Tensor, gradient_TH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One block alone, forward and backward, without graphs: for the self-check.
+
+        Returns:
+            The block's output (T, H), and the gradient of its input (None where nothing below is trained). The
+            adapters' gradients are added as by `loss_and_grad`.
+        """
+        rows, tokens = flatten(batch)
+        self._claim_gradients()
+        with torch.no_grad():
+            self._load(rows, tokens, tokens)
+            self._refresh.run()
+            self._documents[:, :tokens].copy_(self._inputs[2:4, :tokens])
+            views, where, block = self._views(number, tokens), self._tokens(tokens), self.blocks[number]
+            views["x"].copy_(x_TH)
+            block.forward(views, where, None)
+            out = views["mid"] + views["branch"]
+            d_TH = self._spare("d", tokens)[:tokens]
+            d_TH.copy_(gradient_TH)
+            block.backward(views, where)
+            return out, None if block.first else d_TH.clone()
 
     @property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]]:
@@ -143,7 +168,7 @@ class EnginePath:
         if self.device.type == "cuda":
             cuda.empty_cache()  # fusing weights and the self-check left holes of other sizes
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
-        kept = len(self.blocks) - self._lowest
+        kept = len(self.blocks) - self.lowest
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
         if self.shape.fp8:
             self._scratch.codes, self._scratch.scales = self._buffers.rows_of_codes()
@@ -191,7 +216,7 @@ class EnginePath:
 
     def _views(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
         assert self._buffers is not None
-        return self._buffers.block(max(0, layer - self._lowest), tokens)
+        return self._buffers.block(max(0, layer - self.lowest), tokens)
 
     def _spare(self, name: str, tokens: int) -> torch.Tensor:
         assert self._buffers is not None
@@ -206,7 +231,7 @@ class EnginePath:
         residual = None
         for layer, block in enumerate(self.blocks):
             views = self._views(layer, tokens)
-            kept = layer - self._lowest
+            kept = layer - self.lowest
             if offload and kept >= 0:
                 offload.before_write(kept)
             if layer == 0:
@@ -228,12 +253,12 @@ class EnginePath:
         """Gradient of the last block's output, in `d`, to the gradients of all adapters."""
         assert self._buffers is not None
         offload, where = self._buffers.offload, self._tokens(tokens)
-        for layer in range(len(self.blocks) - 1, self._lowest - 1, -1):
+        for layer in range(len(self.blocks) - 1, self.lowest - 1, -1):
             if offload:
-                offload.before_read(layer - self._lowest)
+                offload.before_read(layer - self.lowest)
             self.blocks[layer].backward(self._views(layer, tokens), where)
             if offload:
-                offload.fetch_below(layer - self._lowest, tokens)
+                offload.fetch_below(layer - self.lowest, tokens)
         if offload:
             offload.join()
 

@@ -1,0 +1,64 @@
+"""The self-check lets a right engine pass and refuses a wrong one before anything is trained."""
+
+import pytest
+import torch
+
+from fitune.config import build
+from fitune.engine import block
+from fitune.errors import FituneError
+from fitune.training import run
+
+
+def train(tree, quiet=True, **changes):
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return run.train(build(tree), quiet=quiet)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_right_engine_passes_and_says_how_close_it_is(tree, dtype, capsys):
+    train(tree, model__dtype=dtype, train__max_steps=1, quiet=False)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "fast path: llama block, keeps `elementwise`; equals the plain path on" in printed
+
+
+WRONG = {
+    "swiglu": lambda real: lambda gate_up, out: (real(gate_up, out), out.mul_(1.2)),
+    "swiglu_backward": lambda real: lambda d, g, dg, act: (real(d, g, dg, act), dg[:, ::2].mul_(0.7)),
+    "rotate": lambda real: lambda x, rotary, positions, heads, out: None,
+    "attention_backward": lambda real: lambda *args: (real(*args), args[5].k_Tgd.neg_()),
+    "norm_backward": lambda real: lambda dy, x, norm, rstd, mean, d, y: real(dy, x, norm, rstd, mean, d.mul_(0.9), y),
+    "pack_gradients": lambda real: (
+        lambda dq, dk, dv, rotary, positions, out: (
+            out[:, : dq.shape[1]].copy_(dq),
+            out[:, dq.shape[1] : dq.shape[1] + dk.shape[1]].copy_(dk),
+            out[:, -dv.shape[1] :].copy_(dv),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", WRONG)
+def test_a_wrong_kernel_is_refused(tree, monkeypatch, kernel, dtype):
+    tree["model"]["path"] = "embedded"  # trained weights: what a block does is not lost in the residual
+    tree["method"]["target_modules"] = "linear"
+    monkeypatch.setattr(block, kernel, WRONG[kernel](getattr(block, kernel)))
+    with pytest.raises(FituneError, match="the fast path disagrees with the plain path") as error:
+        train(tree, model__dtype=dtype, train__max_steps=1)
+    assert error.value.exit_code == 1
+    assert not (run.Path(tree["output"]["dir"])).exists()
+
+
+def test_the_adapters_are_as_before(tree):
+    """B is zero again, so the first loss is that of the untrained model."""
+    fast = train(tree, train__max_steps=2)
+    plain = train(tree, train__path="plain", output__dir=tree["output"]["dir"] + "-plain", train__max_steps=2)
+    assert fast.first_eval_loss == pytest.approx(plain.first_eval_loss, rel=1e-6)
+
+
+def test_nothing_is_left_behind(tree):
+    torch.manual_seed(0)
+    train(tree, train__max_steps=1)
+    assert torch.is_grad_enabled()
