@@ -60,6 +60,14 @@ def test_imports_go_one_way(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=IDS)
+def test_peft_and_bitsandbytes_are_imported_in_one_place(file):
+    """A plain import of either may fetch compiled kernels from a hub; `model/libraries.py` keeps them from it."""
+    found = {module.split(".")[0] for module in imports(ast.parse(file.read_text()))} & {"peft", "bitsandbytes"}
+    expected = {"peft", "bitsandbytes"} if file == SRC / "model" / "libraries.py" else set()
+    assert found == expected, f"imports {found}; use fitune.model.libraries"
+
+
+@pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_size_caps(file):
     text = file.read_text()
     assert text.count("\n") <= MAX_FILE

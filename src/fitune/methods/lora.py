@@ -16,14 +16,14 @@ from fitune.config import LoraConfig, MethodConfig
 from fitune.errors import ConfigError
 from fitune.methods.base import CONFIG, Method, write_json
 from fitune.model.families import target_modules
+from fitune.model.libraries import import_peft
 from fitune.model.load import Base
 from fitune.model.quantize import is_quantized
 
 
 def _apply(base: Base, config: MethodConfig) -> nn.Module:
-    import peft
-
     assert isinstance(config, LoraConfig)
+    peft = import_peft()
     lora = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -44,15 +44,12 @@ def _whole(alpha: float) -> float:
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    import peft
-
-    return cast(dict[str, torch.Tensor], peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    state = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    return cast(dict[str, torch.Tensor], state)
 
 
 def _load(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    import peft
-
-    peft.set_peft_model_state_dict(model, tensors)
+    import_peft().set_peft_model_state_dict(model, tensors)
 
 
 def _write_config(model: nn.Module, folder: Path, facts: dict[str, Any]) -> None:

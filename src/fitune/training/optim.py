@@ -16,6 +16,7 @@ from torch import nn
 
 from fitune.config import TrainConfig
 from fitune.errors import CheckpointError, MissingDependencyError
+from fitune.model.libraries import import_bitsandbytes
 
 Vectors = tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]]
 MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -207,7 +208,7 @@ def _build_adam(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim
     if config.optimizer == "adamw":
         return torch.optim.AdamW(masters, fused=True, **settings)
     try:
-        import bitsandbytes
+        bitsandbytes = import_bitsandbytes()
     except ImportError as error:
         raise MissingDependencyError(
             "train.optimizer=adamw8bit needs bitsandbytes: pip install 'fitune[bnb]', or use train.optimizer=adamw"
