@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, curves, rows, step, sweep, table, tasks
+from bench import cpu, curves, plan, rows, step, sweep, table, tasks
 from bench.children import Runner
 from bench.models import SHAPES
 from bench.work import DEFAULT_ROWS, STACKS, WORKS
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "child":
         return tasks.run(options.task, options.arguments)
-    if options.command == "table":
-        return _table(options)
+    if options.command in TEXTS:
+        return _write(TEXTS[options.command](table.read(options.file)), options.out)
     runner = Runner(options.out, options.seconds, options.child_seconds)
     COMMANDS[options.command](runner, options)
     text = table.markdown(table.read(runner.results))
@@ -60,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("gemm", parents=[common], help="the GPU's ceilings")
     make = commands.add_parser("models", parents=[common], help="make the random models")
     make.add_argument("names", type=_listed(SHAPES), nargs="?", default=list(SHAPES), help=f"of {','.join(SHAPES)}")
-    show = commands.add_parser("table", help="Markdown from a results.jsonl")
-    show.add_argument("file", type=Path)
-    show.add_argument("--out", type=Path, help="write it here; default: print")
+    for name, what in (("table", "Markdown from a results.jsonl"), ("plan", "its peaks beside what is planned")):
+        show = commands.add_parser(name, help=what)
+        show.add_argument("file", type=Path)
+        show.add_argument("--out", type=Path, help="write it here; default: print")
     child = commands.add_parser("child", help="what a measurement's own process runs")
     child.add_argument("task", choices=tasks.TASKS)
     child.add_argument("arguments")
@@ -98,12 +99,11 @@ def _listed(allowed: Collection[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _table(options: argparse.Namespace) -> int:
-    text = table.markdown(table.read(options.file))
-    if options.out is None:
+def _write(text: str, out: Path | None) -> int:
+    if out is None:
         print(text)
     else:
-        options.out.write_text(text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -142,6 +142,7 @@ def _models(runner: Runner, options: argparse.Namespace) -> None:
         runner.make_model(name, options.models)
 
 
+TEXTS: dict[str, Callable[[Sequence[table.Record]], str]] = {"table": table.markdown, "plan": plan.markdown}
 COMMANDS: dict[str, Callable[[Runner, argparse.Namespace], None]] = {
     "step": _step,
     "rows": _rows,

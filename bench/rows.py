@@ -68,7 +68,7 @@ def ours(folder: str, data: str, rows: int, out: str, steps: int | None = None, 
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     file = target / "run.yaml"  # JSON is YAML
-    file.write_text(json.dumps(_config(folder, data, rows, steps or STEPS[rows], device)), encoding="utf-8")
+    file.write_text(json.dumps(config(folder, data, rows, steps or STEPS[rows], device)), encoding="utf-8")
     shutil.rmtree(target / "run", ignore_errors=True)  # an earlier run's rows would look like ours
     command = [sys.executable, "-c", COMMAND, "train", str(file), f"output.dir={target / 'run'}"]
     metrics = target / "run" / "metrics.jsonl"
@@ -127,7 +127,8 @@ def _rates(lines: Sequence[dict[str, Any]], arrivals: list[float], started: floa
     }
 
 
-def _config(folder: str, data: str, rows: int, steps: int, device: str) -> dict[str, Any]:
+def config(folder: str, data: str, rows: int, steps: int, device: str) -> dict[str, Any]:
+    """The run file of `ours`, as a tree."""
     return {
         "model": {"path": folder, "dtype": "bf16"},
         "method": {"name": "lora", "r": 8, "alpha": 16, "target_modules": "attention"},

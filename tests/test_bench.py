@@ -2,11 +2,12 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 import tiny
-from bench import rows, sweep
+from bench import plan, rows, sweep
 from bench.__main__ import main
 from bench.children import Runner
 from bench.gemm import rate_for
@@ -15,6 +16,7 @@ from bench.models import SHAPES, make, model_config, with_tokenizer
 from bench.table import markdown, read
 from bench.work import DEFAULT_ROWS, STACKS, WORKS, block_weights, step_flop
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 LLAMA_1B = {"model_type": "llama", **SHAPES["llama-3.2-1b"][1]}
 
 
@@ -65,6 +67,34 @@ def test_the_table_gives_the_share_of_the_measured_rate():
     text = markdown([gemm, record("ours", 40.0, 4.0, path="FastPath")])
     assert "| `1b` | ours | FastPath | 51,200 | 50% |" in text
     assert "| 2048 x 4096 x 14336 | 550 | 600 | - |" in text
+
+
+def test_measured_peaks_are_those_of_the_plan():
+    """The committed records, and the page made of them."""
+    records = read(RESULTS / "h200-2026-11-24.jsonl")
+    assert (RESULTS / "plan.md").read_text(encoding="utf-8") == plan.markdown(records), "run `python -m bench plan`"
+    ours = [row for row in records if row["kind"] in ("step", "rows")]
+    assert len(ours) == 6
+    for row in ours:
+        planned = plan.planned(row, "NVIDIA H200")
+        assert planned.plain_reason is None
+        assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.015), row
+        if "keeps `offload`" in row["note"]:
+            assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.003)
+            context = row["device_used_bytes"] - row["reserved_bytes"]
+            assert planned.job.hardware.context_bytes == pytest.approx(context, rel=0.01)
+        if "pinned_bytes" in row:
+            assert planned.host_bytes == pytest.approx(row["pinned_bytes"], abs=4096)
+
+
+def test_the_plan_page_is_written_from_the_command_line(tmp_path, capsys):
+    text = json.dumps({"kind": "step", "row": "1b", "stack": "hf", "status": "ok"})
+    ours = {"kind": "step", "row": "tiny", "stack": "ours", "status": "ok", "allocated_bytes": 2 * 10**8}
+    (tmp_path / "r.jsonl").write_text(text + "\n" + json.dumps(ours | {"note": "keeps `full`"}) + "\n")
+    assert main(["plan", str(tmp_path / "r.jsonl")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert line.startswith("| `tiny` | `full` | ")
+    assert "| 0.200 | -" in line
 
 
 def test_a_step_on_cpu_from_the_command_line(tmp_path, capsys):

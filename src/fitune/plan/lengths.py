@@ -28,12 +28,14 @@ class MicroStep:
         padded: positions it has when every row is padded to the longest.
         first: tokens of the first training row, which the engine's self-check runs.
         how: where the numbers come from, in words.
+        alike: every micro-step of the run has this many tokens.
     """
 
     real: int
     padded: int
     first: int
     how: str
+    alike: bool = False
 
 
 def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
@@ -63,7 +65,16 @@ def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
         longest = _longest(group, count)
         found.append((min(sum(longest), limit), len(longest) * max(longest, default=0)))
     real, padded = max(real for real, _ in found), max(padded for _, padded in found)
-    return MicroStep(real, padded, lengths.train[0], f"at most {real:,} tokens in {rows:,} rows")
+    how = f"at most {real:,} tokens in {rows:,} rows"
+    return MicroStep(real, padded, lengths.train[0], how, _alike(config, lengths, rows))
+
+
+def _alike(config: RunConfig, lengths: Lengths, rows: int) -> bool:
+    """Padded micro-steps of `rows` rows, all of one length, none of them left over, and no evaluation."""
+    step = config.train.global_batch_rows
+    if step is None or lengths.eval or len(set(lengths.train)) != 1:
+        return False
+    return step % rows == 0 and len(lengths.train) % step == 0
 
 
 def _longest(lengths: Sequence[int], count: int) -> list[int]:

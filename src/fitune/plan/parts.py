@@ -2,6 +2,9 @@
 
 A term of the sum is added or corrected here, in `TERMS`. Sizes are bytes, exact where the engine allocates by the
 declaration; the self-check's activations are those of transformers and PEFT and an estimate.
+
+Phases follow the run: `capture` is a micro-step whose size the engine meets for the first time, which then becomes CUDA
+graphs; the others are those of every step.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from fitune.plan.saves import (
     shared_bytes,
 )
 
-Phase = Literal["loading", "self-check", "forward", "head", "backward", "optimizer step"]
-STEP: tuple[Phase, ...] = ("forward", "head", "backward", "optimizer step")
+Phase = Literal["loading", "self-check", "capture", "forward", "head", "backward", "optimizer step"]
+AGAIN: tuple[Phase, ...] = ("forward", "head", "backward", "optimizer step")
+STEP: tuple[Phase, ...] = ("capture", *AGAIN)
 READY: tuple[Phase, ...] = ("self-check", *STEP)
 PHASES: tuple[Phase, ...] = ("loading", *READY)
 
@@ -114,17 +118,19 @@ def _captured_gradients(job: Job) -> Part:
     """Graphs are captured with real data in the buffers; gradients of earlier micro-steps are set aside meanwhile."""
     needed = job.num_trained if job.engine and not job.hardware.on_cpu else 0
     return Part(
-        "gradients set aside", 4 * needed, f"{needed:,} parameters x 4 B, while graphs are captured", ("forward",)
+        "gradients set aside", 4 * needed, f"{needed:,} parameters x 4 B, while graphs are captured", ("capture",)
     )
 
 
 def _optimizer(job: Job) -> Part:
+    """Made by the first optimizer step: after the first capture, but before that of another size."""
+    phases = AGAIN if job.step.alike else STEP
     if job.optimizer == "adamw":
         one = 2 * job.master_bytes
         formula = f"{job.num_trained:,} trained parameters x {one} B"
-        return Part("optimizer states", one * job.num_trained, formula, STEP)
+        return Part("optimizer states", one * job.num_trained, formula, phases)
     total = sum(_adam8_bytes(tensors.elements) * tensors.copies for tensors in job.trained)
-    return Part("optimizer states", total, f"2 B + 8 B per {ADAM8_BLOCK}; 8 B below {ADAM8_FROM:,} elements", STEP)
+    return Part("optimizer states", total, f"2 B + 8 B per {ADAM8_BLOCK}; 8 B below {ADAM8_FROM:,} elements", phases)
 
 
 def _adam8_bytes(elements: int) -> int:
@@ -188,25 +194,41 @@ def _rotary_tables(job: Job) -> Part:
 
 
 def _rows(job: Job) -> Part:
-    """Integers of a micro-step; those of the head are padded to whole chunks."""
     if not job.engine:
         return Part("ids, labels, positions", 32 * job.capacity, f"{job.capacity:,} tokens x 32 B", STEP)
-    padded = _padded(job)
-    formula = f"{padded:,} x {INPUT_ROWS} x 8 B, {job.capacity:,} x 2 x 4 B"
-    return Part("ids, labels, positions", 8 * INPUT_ROWS * padded + 8 * job.capacity, formula, STEP)
+    formula = f"{_padded(job, job.capacity):,} x {INPUT_ROWS} x 8 B, {job.capacity:,} x 2 x 4 B"
+    return Part("ids, labels, positions", _rows_bytes(job, job.capacity), formula, STEP)
 
 
-def _padded(job: Job) -> int:
+def _rows_bytes(job: Job, tokens: int) -> int:
+    """Integers of a micro-step of the engine; those of the head are padded to whole chunks."""
+    return 8 * INPUT_ROWS * _padded(job, tokens) + 8 * tokens
+
+
+def _padded(job: Job, tokens: int) -> int:
     chunk = head_rows(job.arch.vocab, job.dtype_bytes)
-    return -(-job.capacity // chunk) * chunk
+    return -(-tokens // chunk) * chunk
 
 
 def host_bytes(job: Job) -> int:
-    """Page-locked host memory of the engine; none without a GPU or on the plain path."""
+    """Page-locked host memory of the engine; none without a GPU or on the plain path.
+
+    PyTorch's pinned allocator rounds each block up to a power of two, and those of the self-check stay with it: they
+    serve the steps only if those need blocks of the same size.
+    """
     if not job.engine or job.hardware.on_cpu:
         return 0
-    kept = saved_bytes(job.shape, job.level, job.capacity, job.kept_blocks, job.dtype_bytes, host=True)
-    return kept + STAGING_SLOTS * 8 * INPUT_ROWS * _padded(job)
+    tokens = check_tokens(job.arch.vocab)
+    most: dict[int, int] = {}
+    for at in (bucket(tokens, tokens), job.capacity):
+        blocks = [(STAGING_SLOTS, 8 * INPUT_ROWS * _padded(job, at))]
+        blocks.append((job.kept_blocks, saved_bytes(job.shape, job.level, at, 1, job.dtype_bytes, host=True)))
+        found: dict[int, int] = {}
+        for count, size in blocks:
+            rounded = 1 << (size - 1).bit_length() if size else 0
+            found[rounded] = found.get(rounded, 0) + count
+        most |= {size: max(count, most.get(size, 0)) for size, count in found.items()}
+    return sum(size * count for size, count in most.items())
 
 
 def _workspaces(job: Job) -> Part:
@@ -240,25 +262,64 @@ def _loading_copy(job: Job) -> Part:
 
 
 def _check_buffers(job: Job) -> Part:
+    """The engine's buffers, made for no more than the self-check until that is done."""
     if not job.engine:
         return Part("self-check: engine", 0, "")
     tokens = check_tokens(job.arch.vocab)
     tokens = tokens if job.hardware.on_cpu else bucket(tokens, tokens)
     size = saved_bytes(job.shape, job.level, tokens, job.kept_blocks, job.dtype_bytes)
-    size += shared_bytes(job.shape, job.level, tokens, job.dtype_bytes)
-    return Part("self-check: engine", size, f"saved activations and working set of {tokens} tokens", ("self-check",))
+    size += shared_bytes(job.shape, job.level, tokens, job.dtype_bytes) + _rows_bytes(job, tokens)
+    formula = f"saved activations, working set and integers of {tokens} tokens"
+    return Part("self-check: engine", size, formula, ("self-check",))
+
+
+def _check_copies(job: Job) -> Part:
+    """What stays for the whole self-check: a copy of B; the inputs of all blocks and, one by one, their gradients."""
+    if not job.engine:
+        return Part("self-check: copies", 0, "")
+    assert isinstance(job.method, LoraConfig)
+    trained = job.method.r * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
+    tokens, arch = _checked(job), job.arch
+    size = 4 * trained + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
+    formula = f"{trained:,} of B x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
+    return Part("self-check: copies", size, formula, ("self-check",))
 
 
 def _check_plain(job: Job) -> Part:
-    """One row through transformers and PEFT, with copies of the adapters and a second set of gradients."""
+    """The largest of the self-check's moments: the plain path's loss, the engine's capture, a block under autograd."""
+    name = "self-check: largest moment"
     if not job.engine:
-        return Part("self-check: plain path", 0, "")
-    tokens = min(check_tokens(job.arch.vocab), job.step.first)
-    kept = tokens * job.arch.layers * plain_bytes_per_token(job)
-    kept += 0 if job.quantization == "none" else _largest_layer(job) * job.dtype_bytes
-    logits = tokens * job.arch.vocab * (job.dtype_bytes + 12)
-    formula = f"{tokens} tokens under autograd, {job.dtype_bytes + 12} B per logit, 8 B per trained parameter"
-    return Part("self-check: plain path", kept + logits + 8 * job.num_trained, formula, ("self-check",))
+        return Part(name, 0, "")
+    tokens, vocab, size = _checked(job), job.arch.vocab, job.dtype_bytes
+    needed = 0 if job.hardware.on_cpu else job.num_trained
+    # Logits in their dtype, in fp32, and their logarithms; no gradient.
+    moments = [
+        (tokens * vocab * (size + 8), f"{tokens} tokens x {vocab:,} logits x {size + 8} B"),
+        (4 * needed, f"{needed:,} gradients x 4 B set aside"),
+        (_check_block(job), f"a block of {tokens} tokens under autograd"),
+    ]
+    return Part(name, *max(moments), ("self-check",))
+
+
+def _checked(job: Job) -> int:
+    return min(check_tokens(job.arch.vocab), job.step.first)
+
+
+def _check_block(job: Job) -> int:
+    """One block on the plain path, at its largest in the backward of the MLP or at its end.
+
+    Both times two sets of gradients of the block before are there, one of each path. In the MLP: what autograd keeps of
+    the block, four matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
+    """
+    method, tokens = job.method, _checked(job)
+    assert isinstance(method, LoraConfig)
+    trained = max(
+        sum(method.r * (linear.ins + linear.outs) for linear, blocks in job.adapted if number in blocks)
+        for number in range(job.arch.layers)
+    )
+    expanded = 0 if job.quantization == "none" else 1 if job.quantization == "fp8" else job.dtype_bytes
+    inside = tokens * (plain_bytes_per_token(job) + 4 * job.shape.intermediate * job.dtype_bytes)
+    return 8 * trained + max(8 * trained, inside + _largest_layer(job) * expanded)
 
 
 def plain_bytes_per_token(job: Job) -> int:
@@ -296,6 +357,7 @@ TERMS: tuple[Callable[[Job], Part], ...] = (
     _quantizing,
     _loading_copy,
     _check_buffers,
+    _check_copies,
     _check_plain,
 )
 

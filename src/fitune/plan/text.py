@@ -132,6 +132,6 @@ def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
         assumed = "fp32 on CPU" if config.train.device == "cpu" else "bf16, as on a GPU that has it"
         yield f"model.dtype is not set: planned as {assumed}"
     if not job.hardware.measured:
-        yield f"context and workspaces are the largest that are reported for {job.hardware.name}, not measured"
+        yield f"context and workspaces are the largest known for {job.hardware.name}, not measured"
     if config.memory.budget is not None and config.train.device == "cpu":
         yield "memory.budget has no effect on CPU"
