@@ -31,9 +31,11 @@ def metrics(folder):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_resumed_run_is_bit_identical(gpu_tree, tmp_path, dtype, packing):
+@pytest.mark.parametrize("path", ["fast", "plain"])
+def test_a_resumed_run_is_bit_identical(gpu_tree, tmp_path, dtype, packing, path):
     gpu_tree["model"]["dtype"] = dtype
-    gpu_tree["method"]["dropout"] = 0.1
+    gpu_tree["train"]["path"] = path
+    gpu_tree["method"]["dropout"] = 0.1 if path == "plain" else 0.0
     if packing:
         gpu_tree["data"]["packing"] = True
         gpu_tree["train"]["micro_batch_rows"] = None

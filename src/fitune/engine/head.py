@@ -12,6 +12,7 @@ import torch
 
 from fitune.kernels.cross_entropy import cross_entropy_, loss_only
 from fitune.kernels.norm import Norm, add_norm, norm_backward
+from fitune.kernels.rows import scatter_rows
 from fitune.plan.saves import head_rows
 
 IGNORE = -100
@@ -71,4 +72,4 @@ class Head:
         torch.mm(logits, self._weight_VH, out=y)
         d.zero_()
         norm_backward(y, x, self._norm, rstd, None, d, None)
-        d_TH.index_copy_(0, index_M, d)
+        scatter_rows(d, index_M, d_TH)
