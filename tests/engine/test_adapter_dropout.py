@@ -156,12 +156,13 @@ def test_the_gradient_is_that_of_the_mean_on_average():
             if ".lora_B." in name:
                 parameter.zero_()
     engine = EnginePath(model, model_type, "full", 64, 128)
-    found = [seeded(engine, model, batch, seed)[1] for seed in range(400)]
+    found = [seeded(engine, model, batch, seed)[1] for seed in range(100)]
     for name in exact:
         if ".lora_B." in name:
             one = difference(found[0][name], exact[name])
             mean = difference(sum(gradients[name] for gradients in found) / len(found), exact[name])
-            assert mean < 2 * one / len(found) ** 0.5 < 0.1
+            assert mean < 2 * one / len(found) ** 0.5
+            assert one > 0.05, "nothing was dropped"
 
 
 def test_dropout_that_is_not_the_same_everywhere_is_named():
