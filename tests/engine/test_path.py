@@ -57,7 +57,7 @@ TARGETS = {
 }
 
 
-def make(kind, targets="linear", dtype=torch.float32, rank=4, quantization="none"):
+def make(kind, targets="linear", dtype=torch.float32, quantization="none", **method):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
     with torch.no_grad():  # ones and zeros would hide mistakes in them
@@ -70,7 +70,8 @@ def make(kind, targets="linear", dtype=torch.float32, rank=4, quantization="none
     if quantization != "none":
         quantize_blocks(model, quantization, torch.device("cpu"))
     base = Base(model, None, model.config.model_type, SIZES["vocab_size"], "")
-    config = build({"model": {"path": "x"}, "method": {"name": "lora", "r": rank, "target_modules": targets}})
+    method = {"name": "lora", "r": 4, "target_modules": targets} | method
+    config = build({"model": {"path": "x"}, "method": method})
     model = METHODS["lora"].apply(base, config.method)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -196,12 +197,14 @@ def test_upper_layers_only_stop_at_the_lowest_adapter():
     compare(model, engine, pack(make_rows([17, 5])), 1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("level", LEVELS)
-def test_only_what_is_declared_reaches_the_backward_pass(level):
+def test_only_what_is_declared_reaches_the_backward_pass(level, dropout):
     """Everything that is not declared as kept is poisoned between the passes; the gradients stay the same."""
-    model, model_type = make("qwen3")
+    model, model_type = make("qwen3", dropout=dropout)
     engine = EnginePath(model, model_type, level, 64, 128)
     batch = pack(make_rows([17, 5, 30]))
+    torch.manual_seed(2)
     expected = run(engine, model, batch)
     backward = engine._backward
 
@@ -213,16 +216,19 @@ def test_only_what_is_declared_reaches_the_backward_pass(level):
         backward(tokens)
 
     engine._backward = poisoned
+    torch.manual_seed(2)
     loss, gradients = run(engine, model, batch)
     assert loss == expected[0]
     for name in gradients:
         assert torch.equal(gradients[name], expected[1][name]), name
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_the_declared_ones(level, dtype):
-    model, model_type = make("qwen3", dtype=dtype)
+def test_bytes_are_the_declared_ones(level, dtype, dropout):
+    model, model_type = make("qwen3", dtype=dtype, dropout=dropout)
+    assert (dropout > 0) == ("dropped" in EnginePath(model, model_type, level, 8, 8)._buffers._shared)
     engine = EnginePath(model, model_type, level, 48, 128)
     layers, size = SIZES["num_hidden_layers"], dtype.itemsize
     assert engine._buffers.kept_bytes() == saved_bytes(engine.shape, level, 48, layers, size)

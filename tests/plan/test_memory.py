@@ -346,7 +346,6 @@ def test_llama_1b_stays_near_the_design():
     [
         (BLOOM_1B4, {"name": "lora"}, {}, "no block description for 'bloom'"),
         (LLAMA_1B, {"name": "full"}, {}, "method.name=full"),
-        (LLAMA_1B, {"name": "lora", "dropout": 0.1}, {}, "method.dropout"),
         (LLAMA_1B, {"name": "lora"}, {"path": "plain"}, "train.path=plain"),
     ],
 )
@@ -357,6 +356,16 @@ def test_the_plain_path_is_said_to_need_more(config, method, train, reason):
     assert by_name(plan)["logits"] == 2 * 1024 * vocab * 2  # padding included
     assert not {"self-check: engine", "working set", "rotary tables"} & set(by_name(plan))
     assert plan.job.shape.lora == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("targets", "width"), [("attention", 2048), ("linear", 8192)])
+def test_dropout_adds_the_widest_dropped_input(targets, width):
+    plans = [plan_of(LLAMA_1B, {"name": "lora", "target_modules": targets, "dropout": p}) for p in (0.1, 0.0)]
+    assert plans[0].plain_reason is None
+    added = by_name(plans[0])["working set"] - by_name(plans[1])["working set"]
+    assert added == plans[0].job.capacity * width * 2
+    changed = {name for name, size in by_name(plans[0]).items() if size != by_name(plans[1])[name]}
+    assert changed == {"working set", "self-check: engine"}
 
 
 def test_the_fast_path_is_refused_where_there_is_none():

@@ -71,6 +71,23 @@ def test_two_runs_are_bit_identical(tree, tmp_path):
     assert adapter(tmp_path / "run") == adapter(tmp_path / "again")
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_resumed_run_repeats_the_fast_path_s_dropout(tree, tmp_path, recompute):
+    tree["method"]["target_modules"] = "linear"
+    go(tree, method__dropout=0.2, train__path="fast", train__activation_checkpointing=recompute)
+    whole = tmp_path / "run"
+    half = shutil.copytree(whole, tmp_path / "half")
+    for step in (half / "checkpoints").iterdir():
+        if step.name > "step_000004":
+            shutil.rmtree(step)
+    run.resume(half, quiet=True)
+    assert metrics(half) == metrics(whole)
+    assert metrics(half, "eval") == metrics(whole, "eval")
+    assert adapter(half) == adapter(whole)
+    go(tree, method__dropout=0.0, output__dir=str(tmp_path / "without"))
+    assert metrics(tmp_path / "without") != metrics(whole)
+
+
 def test_cutting_a_step_into_micro_batches_changes_nothing(tree, tmp_path):
     """8 = 8x1 = 4x2 = packed, to rounding."""
     curves = []

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fitune.config import build
-from fitune.engine import block
+from fitune.engine import block, groups
 from fitune.errors import FituneError
-from fitune.training import run
+from fitune.training import run, self_check
 
 
 def train(tree, quiet=True, **changes):
@@ -49,6 +49,21 @@ def test_a_wrong_kernel_is_refused(tree, monkeypatch, kernel, dtype):
         train(tree, model__dtype=dtype, train__max_steps=1)
     assert error.value.exit_code == 1
     assert not (run.Path(tree["output"]["dir"])).exists()
+
+
+def test_dropout_is_checked_without_a_mask_and_masks_by_themselves(tree, monkeypatch, capsys):
+    tree["method"] |= {"dropout": 0.2}
+    train(tree, train__max_steps=1, quiet=False)
+    assert "fast path" in capsys.readouterr().err
+    tree["output"]["dir"] += "-wrong"
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "drop_add", lambda x, mask, into: None)
+        with pytest.raises(FituneError, match="the fast path disagrees with the plain path"):
+            train(tree)
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check, "drop", lambda x, mask, out: out.copy_(x))
+        with pytest.raises(FituneError, match="on this machine: what dropout keeps differs by"):
+            train(tree)
 
 
 def test_the_adapters_are_as_before(tree):

@@ -20,6 +20,7 @@ from fitune.engine.groups import Group
 from fitune.engine.products import Scratch
 from fitune.engine.spec import BlockSpec
 from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
+from fitune.kernels.dropout import Dropout, Mask
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
 from fitune.kernels.rope import HeadNorm, Rotary, pack_gradients, qk_norm_rotate, qk_norm_rotate_backward, rotate
 from fitune.kernels.swiglu import swiglu, swiglu_backward
@@ -61,6 +62,12 @@ class Block:
         self.head_norm = _head_norm(layer, spec)
         self.shape: BlockShape  # set once the adapters of all blocks are known
         self.first = False  # nothing trains below: no gradient of the block's input is needed
+
+    def use_dropout(self, dropout: Dropout, number: int) -> None:
+        """Drop inputs of this block's adapters: one mask per group, its stream is that of block and group."""
+        for index, group in enumerate(self.groups.values()):
+            if group.R:
+                group.mask = Mask(dropout, number * len(self.groups) + index)
 
     @property
     def lora(self) -> tuple[int, int, int, int]:
@@ -140,7 +147,7 @@ class Block:
         self.groups["up"].forward(*self._input(v, "up"), v["gate_up"][:, : self.shape.inner])
 
     def _down_project(self, name: str, v: Views, again: bool) -> None:
-        """Make x Aᵀ of a group where its product wants it and keep it; `again`: put it back from where it was kept."""
+        """Make dropout(x) Aᵀ of a group where its product wants it, and keep it; `again`: put back what was kept."""
         x, h = self._input(v, name)
         kept = v.get(f"h_{name}")
         if not self.groups[name].R:
@@ -148,7 +155,7 @@ class Block:
         if again and kept is not None:
             h.copy_(kept)
             return
-        self.groups[name].down_project(x, h)
+        self.groups[name].down_project(x, h, v.get("dropped"))
         if kept is not None and not again:
             kept.copy_(h)
 
@@ -159,12 +166,12 @@ class Block:
         if down.R:
             down.up_project(d, t)
         dact = _carve(v["scratch"], 0, shape.intermediate)
-        down.input_gradient(d, t, dact)
+        down.input_gradient(d, t, dact, v.get("dropped"))
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
         act = dact if down.R and kept is None else None  # made again where the gradient was
         swiglu_backward(dact, gate_up, gate_up, act)
         if down.R:
-            down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept)
+            down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept, v.get("dropped"))
         done = self.first and not self.groups["o"].R and not self.groups["qkv"].R
         self._through_norm(v, up, self._gradient(v, "gate_up", up), "2", stop=done)
 
@@ -174,12 +181,12 @@ class Block:
         a, h = self._input(v, "o")
         if o.R:
             o.up_project(d, t)
-            o.adapter_gradients(d, t, v.get("h_o", h), a)
+            o.adapter_gradients(d, t, v.get("h_o", h), a, v.get("dropped"))
         if self.first and not qkv_group.R:
             return
         inputs = self._queries_keys_values(v, tokens, rotated=True)
         da, grads = _carve(v["scratch"], 0, shape.attention), _carve(v["scratch"], shape.attention, shape.qkv)
-        o.input_gradient(d, t, da)
+        o.input_gradient(d, t, da, v.get("dropped"))
         scoring, dqkv = Scoring(tokens.documents, shape.head_dim**-0.5), QKV.of_rows(grads, shape.heads, shape.kv_heads)
         attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], dqkv, v["delta"])
         rotary, positions, qkv = tokens.rotary, tokens.positions_T, v["qkv"][:, : shape.qkv]
@@ -202,14 +209,14 @@ class Block:
         rstd, kept = v[f"rstd{which}"], v.get(f"y{which}")
         y = _carve(v["y"], 0, hidden)
         if not stop:
-            group.input_gradient(dy, t, y)
+            group.input_gradient(dy, t, y, v.get("dropped"))
             recomputed = y if group.R and kept is None else None
             norm_backward(y, source, norm, rstd, None, v["d"][:, :hidden], recomputed)
         elif kept is None and group.R:
             norm_only(source, norm, rstd, None, y)
         if group.R:
             h = v["h_qkv" if which == "1" else "h_up"]
-            group.adapter_gradients(dy, t, h, y if kept is None else kept[:, :hidden])
+            group.adapter_gradients(dy, t, h, y if kept is None else kept[:, :hidden], v.get("dropped"))
 
     def _input(self, v: Views, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Input x of a group and the place of x Aᵀ: beside x, or apart for fp8."""

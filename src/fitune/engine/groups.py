@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fitune.engine.products import Expanded, Fused, Product, RowsFp8, Scratch
+from fitune.kernels.dropout import Mask, drop, drop_add
 from fitune.kernels.refresh import Copy
 
 
@@ -60,6 +61,7 @@ class Group:
         self.R = adapter_columns([adapter.A.shape[0] for adapter in self.adapters])
         self.trains = any(adapter.A.requires_grad for adapter in self.adapters)
         self.quantization: str = getattr(linears[0], "quantization", "none")
+        self.mask: Mask | None = None  # of the adapters' common input
         self._gradients: list[torch.Tensor] = []
         self._product = _product(self.quantization, linears, self.R, dtype, scratch)
 
@@ -72,9 +74,9 @@ class Group:
             pairs.append(Copy(adapter.B.detach(), to_Nr, adapter.scale))
         return pairs
 
-    def down_project(self, x_TK: torch.Tensor, h_TR: torch.Tensor) -> None:
-        """h = x Aᵀ."""
-        torch.mm(x_TK, self._product.A_RK.t(), out=h_TR)
+    def down_project(self, x_TK: torch.Tensor, h_TR: torch.Tensor, spare: torch.Tensor | None) -> None:
+        """h = dropout(x) Aᵀ; dropout(x) is written into `spare` (T, K or more; None without dropout)."""
+        torch.mm(self._drop(x_TK, spare), self._product.A_RK.t(), out=h_TR)
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """out = x Wᵀ + h Bᵀ + bias."""
@@ -84,20 +86,41 @@ class Group:
         """t = dy B."""
         torch.mm(dy_TN, self._product.B_NR, out=t_TR)
 
-    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
-        """dx = dy W + t A."""
-        self._product.input_gradient(dy_TN, t_TR, dx_TK)
+    def input_gradient(
+        self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, spare: torch.Tensor | None
+    ) -> None:
+        """dx = dy W + dropout(t A); t A is written into `spare` if there is dropout, which keeps it out of the GEMM."""
+        if self.mask is None:
+            self._product.input_gradient(dy_TN, t_TR, dx_TK)
+            return
+        tA_TK = _part(spare, dx_TK)
+        self._product.input_gradient(dy_TN, t_TR[:, :0], dx_TK)
+        torch.mm(t_TR, self._product.A_RK, out=tA_TK)
+        drop_add(tA_TK, self.mask, dx_TK)
 
     def adapter_gradients(
-        self, dy_TN: torch.Tensor, t_TR: torch.Tensor, h_TR: torch.Tensor, x_TK: torch.Tensor
+        self,
+        dy_TN: torch.Tensor,
+        t_TR: torch.Tensor,
+        h_TR: torch.Tensor,
+        x_TK: torch.Tensor,
+        spare: torch.Tensor | None,
     ) -> None:
-        """Accumulate dA += tᵀ x and dB += scale dyᵀ h in fp32."""
+        """Accumulate dA += tᵀ dropout(x) and dB += scale dyᵀ h in fp32."""
         if not self._gradients:
             return
+        x_TK = self._drop(x_TK, spare)
         dA_rK, *dBs = self._gradients
         _accumulate(dA_rK, t_TR[:, : len(dA_rK)], x_TK, 1.0)
         for adapter, dB_Nr in zip(self.adapters, dBs, strict=True):
             _accumulate(dB_Nr, dy_TN[:, adapter.rows], h_TR[:, adapter.columns], adapter.scale)
+
+    def _drop(self, x_TK: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
+        if self.mask is None:
+            return x_TK
+        out_TK = _part(spare, x_TK)
+        drop(x_TK, self.mask, out_TK)
+        return out_TK
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained adapters' parameters: all A in the order of their columns, then all B."""
@@ -149,6 +172,12 @@ def _adapters(modules: list[Any]) -> list[Adapter]:
             column += A.shape[0]
         row += outputs
     return found
+
+
+def _part(spare: torch.Tensor | None, like_TK: torch.Tensor) -> torch.Tensor:
+    """A contiguous matrix of that shape in a contiguous buffer."""
+    assert spare is not None, "dropout without a buffer"
+    return spare.view(-1)[: like_TK.numel()].view(like_TK.shape)
 
 
 def _accumulate(into_mn: torch.Tensor, a_Tm: torch.Tensor, b_Tn: torch.Tensor, scale: float) -> None:

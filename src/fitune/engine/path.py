@@ -20,8 +20,9 @@ from fitune.engine.block import Block, Tokens, epsilon
 from fitune.engine.buffers import Buffers
 from fitune.engine.head import Head
 from fitune.engine.products import Scratch
-from fitune.engine.spec import Unsupported, base_of, block_shape, block_spec, rotary_tables
+from fitune.engine.spec import Unsupported, adapter_dropout, base_of, block_shape, block_spec, rotary_tables
 from fitune.kernels.attention import Documents
+from fitune.kernels.dropout import Dropout
 from fitune.kernels.norm import Norm
 from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
@@ -57,11 +58,15 @@ class EnginePath:
         fp8 = {group.quantization == "fp8" for block in self.blocks for group in block.groups.values()}
         if len(fp8) > 1:
             raise Unsupported("some projections in fp8 and some not")
-        self.shape = replace(self.shape, fp8=fp8 == {True})
+        probability = adapter_dropout(model)
+        self.shape = replace(self.shape, fp8=fp8 == {True}, dropout=probability > 0)
+        self.dropout = Dropout(probability, self.device) if probability else None
         # The lowest block that trains: below it nothing is kept and no gradient computed.
         self.lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             block.shape = self.shape
+            if self.dropout:
+                block.use_dropout(self.dropout, number)
         self.blocks[self.lowest].first = True
         final = base.model.norm
         self._head = Head(Norm(final.weight.detach(), None, epsilon(final)), base.get_output_embeddings())
@@ -103,7 +108,7 @@ class EnginePath:
     def run_block(
         self, number: int, batch: Batch, x_TH: torch.Tensor, gradient_TH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One block alone, forward and backward, without graphs: for the self-check.
+        """One block alone, forward and backward, without graphs and dropout: for the self-check.
 
         Returns:
             The block's output (T, H), and the gradient of its input (None where nothing below is trained). The
@@ -111,6 +116,7 @@ class EnginePath:
         """
         rows, tokens = flatten(batch)
         self._claim_gradients()
+        self._seed(training=False)
         with torch.no_grad():
             self._load(rows, tokens, tokens)
             self._refresh.run()
@@ -185,6 +191,7 @@ class EnginePath:
         if scale is not None:
             self._claim_gradients()
             self._scale.fill_(scale)
+        self._seed(scale is not None)
         self._loss_sum.zero_()
         with torch.no_grad():
             if self.device.type == "cuda":
@@ -192,6 +199,15 @@ class EnginePath:
             else:
                 self._direct(rows, tokens, scale is not None)
         return self._loss_sum.clone()
+
+    def _seed(self, training: bool) -> None:
+        """New masks for a micro-step, by the CPU's generator, which the loop seeds; none where nothing is learned."""
+        if self.dropout is None:
+            return
+        if training:
+            self.dropout.draw(int(torch.randint(2**63 - 1, (), device="cpu")))
+        else:
+            self.dropout.off()
 
     def _direct(self, rows: dict[str, torch.Tensor], tokens: int, backward: bool) -> None:
         """One micro-step at its own size."""

@@ -32,7 +32,7 @@ class Product(Protocol):
         """out = x Wᵀ + h Bᵀ + bias."""
 
     def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
-        """dx = dy W + t A."""
+        """dx = dy W + t A, or dx = dy W if t has no columns."""
 
 
 class Scratch:
@@ -88,7 +88,7 @@ class Fused:
 
     def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
         """See `Product`."""
-        torch.mm(beside(dy_TN, t_TR), self._matrix[:, : self._K], out=dx_TK)
+        torch.mm(beside(dy_TN, t_TR), self._matrix[: self._N + t_TR.shape[1], : self._K], out=dx_TK)
 
 
 class Expanded:
@@ -119,7 +119,7 @@ class Expanded:
 
     def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
         """See `Product`."""
-        torch.mm(beside(dy_TN, t_TR), self._matrix()[:, : self._K], out=dx_TK)
+        torch.mm(beside(dy_TN, t_TR), self._matrix()[: self._N + t_TR.shape[1], : self._K], out=dx_TK)
 
 
 class RowsFp8:

@@ -97,8 +97,22 @@ def _check_trainable(model: nn.Module) -> None:
             raise Unsupported("DoRA")
         if any(getattr(module, "lora_bias", {}).values()):
             raise Unsupported("adapters with a bias")
-        if any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
-            raise Unsupported("method.dropout")
+
+
+def adapter_dropout(model: nn.Module) -> float:
+    """The probability with which inputs of adapters are dropped in training.
+
+    Raises:
+        Unsupported: adapters differ in it, or drop in another way.
+    """
+    modules = [m for wrapped in model.modules() for m in getattr(wrapped, "lora_dropout", {}).values()]
+    for module in modules:
+        if not isinstance(module, nn.Identity | nn.Dropout):
+            raise Unsupported(f"{type(module).__name__} on the adapters' input")
+    found = {module.p if isinstance(module, nn.Dropout) else 0.0 for module in modules}
+    if len(found) > 1:
+        raise Unsupported(f"adapters with different dropout: {sorted(found)}")
+    return found.pop() if found else 0.0
 
 
 def block_shape(model: nn.Module, spec: BlockSpec, lora: tuple[int, int, int, int]) -> BlockShape:

@@ -52,7 +52,9 @@ class Job:
     def shape(self) -> BlockShape:
         """A block with as many adapter columns as any has: buffers are the same for all."""
         qkv, o, up, down = (max(found) for found in zip(*self.columns, strict=True))
-        return replace(self.arch.block_shape((qkv, o, up, down)), fp8=self.quantization == "fp8" and self.engine)
+        shape = self.arch.block_shape((qkv, o, up, down))
+        dropout = self.engine and isinstance(self.method, LoraConfig) and self.method.dropout > 0
+        return replace(shape, fp8=self.quantization == "fp8" and self.engine, dropout=dropout)
 
     @property
     def kept_blocks(self) -> int:

@@ -121,7 +121,7 @@ def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
         return arch.plain
     if not isinstance(config.method, LoraConfig):
         return f"method.name={config.method.name}; the engine trains LoRA adapters"
-    return "method.dropout" if config.method.dropout else None
+    return None
 
 
 def lora_columns(arch: ArchSpec, config: RunConfig) -> Columns:

@@ -32,6 +32,7 @@ class BlockShape:
         qk_norm: queries and keys are normed per head.
         fp8: projections multiply rows of fp8 codes. Their adapters then stand apart: nothing stands beside anything.
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
+        dropout: the adapters' inputs are dropped, so they exist beside the inputs themselves.
     """
 
     hidden: int
@@ -43,6 +44,7 @@ class BlockShape:
     qk_norm: bool = False
     fp8: bool = False
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dropout: bool = False
 
     @property
     def qkv(self) -> int:
@@ -128,8 +130,9 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The working set all blocks share: what is not kept at this level, and the gradients in flight.
 
     `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output, queries,
-    keys and values. `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more
-    than tokens: where the head's last chunk puts its padding.
+    keys and values. `dropped` holds a group's input after dropout, or what its adapters add to the input gradient.
+    `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more than tokens: where
+    the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
     qkv, o, up, down = shape.beside
@@ -144,6 +147,7 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
         Saved("scratch", max(shape.intermediate + down, gradients)),
         Saved("d", shape.hidden + max(o, down)),
         Saved("delta", shape.heads, size=4),
+        *([Saved("dropped", max(ins for _, ins, R in shape.groups.values() if R))] if shape.dropout else []),
         *(_fp8_rows(shape) if shape.fp8 else ()),
     )
 

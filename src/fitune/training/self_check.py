@@ -20,6 +20,7 @@ from fitune.data.prepare import Row
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import base_of
 from fitune.errors import FituneError
+from fitune.kernels.dropout import drop, drop_reference
 from fitune.methods.base import trainable
 from fitune.plan.saves import check_tokens
 from fitune.training.path import PlainPath
@@ -49,7 +50,7 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
     with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_B(model):
         loss, inputs = _plain_forward(model, batch.to(engine.device), engine.device)
         loss_off = abs(engine.loss(batch).item() - loss) / abs(loss)
-        worst, where = max(_block_differences(model, engine, batch, inputs))
+        worst, where = max([*_block_differences(model, engine, batch, inputs), _mask_difference(engine)])
     model.train()
     block_bound, loss_bound = FP8_TOLERANCE if engine.shape.fp8 else TOLERANCE[engine.dtype]
     if not (worst <= block_bound and loss_off <= loss_bound):
@@ -119,6 +120,22 @@ def _block_differences(
             yield _difference(found[name], wanted), f"{name.removesuffix('.default.weight')} in block {number}"
     for parameter in parameters.values():
         parameter.grad = None
+
+
+def _mask_difference(engine: EnginePath) -> tuple[float, str]:
+    """Of a few rows under dropout from what the mask's definition gives; blocks are compared without dropout."""
+    name = "what dropout keeps"
+    masked = [group for block in engine.blocks for group in block.groups.values() if group.mask is not None]
+    if engine.dropout is None or not masked:
+        return 0.0, name
+    mask, x_TK = masked[-1].mask, torch.ones(8, masked[-1].ins, dtype=engine.dtype, device=engine.device)
+    assert mask is not None
+    found_TK, expected_TK = torch.empty_like(x_TK), torch.empty_like(x_TK)
+    engine.dropout.draw(1)
+    drop(x_TK, mask, found_TK)
+    drop_reference(x_TK, mask, expected_TK)
+    engine.dropout.off()
+    return _difference(found_TK, expected_TK), name
 
 
 def _taken(layer: nn.Module) -> dict[str, torch.Tensor]:
