@@ -74,7 +74,7 @@ def test_measured_peaks_are_those_of_the_plan():
     records = read(RESULTS / "h200-2026-11-24.jsonl")
     assert (RESULTS / "plan.md").read_text(encoding="utf-8") == plan.markdown(records), "run `python -m bench plan`"
     ours = [row for row in records if row["kind"] in ("step", "rows")]
-    assert len(ours) == 6
+    assert len(ours) == 5
     for row in ours:
         planned = plan.planned(row, "NVIDIA H200")
         assert planned.plain_reason is None

@@ -305,3 +305,17 @@ def test_what_the_engine_does_not_do_is_named():
     model.config.attention_dropout = 0.1
     with pytest.raises(Unsupported, match="attention_dropout"):
         EnginePath(model, model_type, "full", 8, 8)
+
+
+def test_an_adapter_outside_the_blocks_is_not_forgotten():
+    model, model_type = make("llama")
+    model.elsewhere = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2, bias=False)})
+    with pytest.raises(Unsupported, match="elsewhere.lora_A.weight, which is in no block"):
+        EnginePath(model, model_type, "full", 8, 8)
+
+
+def test_heads_too_wide_for_the_kernels_take_the_plain_path():
+    model, model_type = make("llama")
+    model.config.head_dim = 512
+    with pytest.raises(Unsupported, match="heads 512 wide"):
+        EnginePath(model, model_type, "full", 8, 8)

@@ -61,6 +61,10 @@ class EnginePath:
         probability = adapter_dropout(model)
         self.shape = replace(self.shape, fp8=fp8 == {True}, dropout=probability > 0)
         self.dropout = Dropout(probability, self.device) if probability else None
+        own = {id(p) for block in self.blocks for group in block.groups.values() for p in group.parameters()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in own:
+                raise Unsupported(f"trains {name}, which is in no block")
         # The lowest block that trains: below it nothing is kept and no gradient computed.
         self.lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
         for number, block in enumerate(self.blocks):

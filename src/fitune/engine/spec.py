@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fitune.kernels.attention import MAX_HEAD_DIM
+from fitune.kernels.launch import has_triton
 from fitune.plan.saves import BlockShape
 
 
@@ -78,6 +80,11 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
         raise Unsupported("attention_dropout")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise Unsupported("sliding-window attention")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim > MAX_HEAD_DIM:
+        raise Unsupported(f"attention heads {head_dim} wide (at most {MAX_HEAD_DIM})")
+    if next(model.parameters()).is_cuda and not has_triton():
+        raise Unsupported("triton is not installed")
     _check_trainable(model)
     return spec
 

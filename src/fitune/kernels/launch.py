@@ -18,13 +18,14 @@ MAX_WARPS = 16
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def use_triton(x: torch.Tensor) -> bool:
     """Whether the Triton body runs: on CUDA where triton is installed."""
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and has_triton()
 
 
 def require(name: str, x: torch.Tensor, rows: int, columns: int) -> None:
