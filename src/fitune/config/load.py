@@ -10,19 +10,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
-from fitune.config.schema import MethodConfig, RunConfig, check_path
+from fitune.config.checks import METHOD_CHECKS
+from fitune.config.fields import check_path
+from fitune.config.methods import METHODS
+from fitune.config.schema import RunConfig
 from fitune.config.yaml_text import parse, render
 from fitune.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_MISTAKES = 10  # shown at once
-METHODS: dict[str, type[BaseModel]] = {
-    member.model_fields["name"].annotation.__args__[0]: member for member in get_args(get_args(MethodConfig)[0])
-}
 
 # The key that a section's scalar most likely meant, and an example for when the scalar tells nothing.
 MAIN_KEYS = {
@@ -113,7 +113,7 @@ def build(tree: Mapping[str, Any], name: str = "run") -> RunConfig:
         if len(mistakes) > MAX_MISTAKES:
             lines.append(f"... and {len(mistakes) - MAX_MISTAKES} more mistakes")
         raise ConfigError("\n".join(lines)) from error
-    for check in CHECKS:
+    for check in (*CHECKS, *METHOD_CHECKS):
         problem = check(config)
         if problem:
             raise ConfigError(problem)
@@ -142,6 +142,11 @@ def _resolve(config: RunConfig, name: str) -> RunConfig:
         train["micro_batch_rows"] = train["micro_batch_rows"] or 4
     if train["learning_rate"] is None:
         train["learning_rate"] = config.method.default_learning_rate
+    method = tree["method"]
+    if method["name"] == "freeze" and method["num_layers"] is None:
+        method["num_layers"] = 0 if method["patterns"] else 2
+    if method["name"] == "prefix" and method["init"] is None:
+        method["init"] = "random" if method["projection"] else "vocab"
     if train["eval_every_steps"] is None:
         train["eval_every_steps"] = train["save_every_steps"]
     if tree["output"]["dir"] is None:
@@ -244,7 +249,10 @@ def _explain(item: dict[str, Any]) -> str:
         allowed = valid_keys(section, method)
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.4)
         elsewhere = [name for name in every_key() if name.endswith("." + location[-1])]
-        if near:
+        owners = [name for name in METHODS if in_method and location[-1] in valid_keys("method", name)]
+        if owners:
+            hint = f"it belongs to method.name={' or '.join(owners)}; {method} has {', '.join(allowed)}"
+        elif near:
             hint = f"did you mean `{f'{section}.' if section else ''}{near[0]}`?"
         elif elsewhere:
             hint = f"did you mean `{elsewhere[0]}`?"
