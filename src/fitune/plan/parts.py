@@ -92,24 +92,34 @@ def _biases(job: Job) -> Part:
 
 
 def _adapters(job: Job) -> Part:
-    count = job.num_trained if job.is_lora else 0
+    count = job.stored("beside")
     return Part("adapters", 4 * count, f"{count:,} parameters x 4 B")
 
 
+def _starts(job: Job) -> Part:
+    """What PiSSA and OLoRA took out of the weights."""
+    count = job.stored("beside") if isinstance(job.method, LoraConfig) and job.method.init != "default" else 0
+    return Part("adapters as they began", 4 * count, f"{count:,} parameters x 4 B")
+
+
+def _copies(job: Job) -> Part:
+    count = job.stored("copy")
+    return Part("modules trained whole", count * job.dtype_bytes, f"{count:,} parameters x {job.dtype_bytes} B")
+
+
 def _masters(job: Job) -> Part:
-    stored = 4 if job.is_lora else job.dtype_bytes
-    needed = job.num_trained if stored != job.master_bytes else 0
+    needed = job.num_mastered
     return Part("master weights", needed * job.master_bytes, f"{needed:,} parameters x {job.master_bytes} B", STEP)
 
 
 def _gradients(job: Job) -> Part:
-    one = 4 if job.is_lora else job.master_bytes
+    one = 4 if job.engine else job.master_bytes
     return Part("gradients", one * job.num_trained, f"{job.num_trained:,} trained parameters x {one} B", READY)
 
 
 def _master_gradients(job: Job) -> Part:
     """The engine adds to fp32 gradients; they are handed to masters of another dtype before the step."""
-    needed = job.num_trained if job.is_lora and job.master_bytes != 4 else 0
+    needed = job.num_trained if job.engine and job.master_bytes != 4 else 0
     formula = f"{needed:,} parameters x {job.master_bytes} B"
     return Part("gradients of masters", needed * job.master_bytes, formula, ("optimizer step",))
 
@@ -341,6 +351,8 @@ TERMS: tuple[Callable[[Job], Part], ...] = (
     _block_weights,
     _biases,
     _adapters,
+    _starts,
+    _copies,
     _masters,
     _gradients,
     _master_gradients,
