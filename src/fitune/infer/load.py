@@ -181,8 +181,7 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
     model = base.model
     if method.folder != "model":
         check_base(result, base)
-        model = method.apply(base, config.method)
-        method.load(model, result)
+        model = method.open(base, result)
         model.requires_grad_(False)
         model.eval()
     return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))

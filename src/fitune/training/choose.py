@@ -11,6 +11,7 @@ from fitune.engine.spec import Unsupported
 from fitune.errors import ConfigError
 from fitune.methods.base import trainable
 from fitune.model.load import Base
+from fitune.plan.checks import plain_path_problem
 from fitune.plan.lengths import Lengths, micro_step
 from fitune.plan.saves import check_tokens, level_of
 from fitune.training.optim import MasterOptimizer
@@ -40,6 +41,9 @@ def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Datase
                 raise ConfigError(
                     f"train.path=fast, but the engine cannot run this: {reason}; use train.path=auto or plain"
                 ) from unsupported
+    problem = plain_path_problem(config)  # of a run that was expected on the engine
+    if problem is not None:
+        raise ConfigError(f"{problem} (plain path: {reason})")
     if config.data.packing:
         check_packing(model, device, list(dataset.train[:2]))
     return PlainPath(model, device, level in ("attention", "full", "offload")), f"plain path: {reason}"

@@ -25,9 +25,11 @@ from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
+from fitune.methods.prompts import check_text
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
 from fitune.model.quantize import emulation_note
+from fitune.plan.checks import check_run, known_arch
 from fitune.training import checkpoint, loop, samples
 from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import memory_errors, process_state, set_up_device
@@ -156,12 +158,9 @@ def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
     longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
-    if isinstance(longest, int) and config.data.max_length > longest:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but this model has {longest} positions; "
-            f"set data.max_length={longest} or less"
-        )
+    check_run(config, known_arch(raw.config), longest if isinstance(longest, int) else None)
     tokenizer = Tokenizer.load(model_folder)
+    check_text(config.method, tokenizer)
     resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
     if not quiet:
         print(f"reading {', '.join(config.data.train)}", file=sys.stderr, flush=True)

@@ -60,7 +60,7 @@ def save(session: Session, state: State) -> None:
     def write(folder: Path) -> None:
         weights = folder / session.method.folder
         weights.mkdir()
-        session.method.save(session.model, weights, base_facts(session))
+        session.method.save(session.model, weights, base_facts(session), to_resume=True)
         checkpoint.save_tensors(folder / OPTIMIZER, session.optimizer.state(), require_finite=True)
         write_json(folder / STATE, state.to_json())
 
