@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from fitune.config import RunConfig
+from fitune.config import LoraConfig, MethodConfig, RunConfig
 from fitune.data.prepare import Dataset
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import Unsupported
@@ -57,4 +59,12 @@ def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:
 
 def optimizer_for(model: nn.Module, path: Path, config: RunConfig) -> MasterOptimizer:
     """The optimizer of a run; the engine keeps all adapters in one vector, which is then one tensor to update."""
-    return MasterOptimizer(trainable(model), config.train, path.vectors if isinstance(path, EnginePath) else None)
+    parameters = trainable(model)
+    vectors = path.vectors if isinstance(path, EnginePath) else None
+    return MasterOptimizer(parameters, config.train, vectors, rates(parameters, config.method))
+
+
+def rates(parameters: Iterable[str], method: MethodConfig) -> dict[str, float]:
+    """What multiplies the learning rate, by name: that of B in LoRA+ (arXiv:2402.12354)."""
+    ratio = method.lora_plus_ratio if isinstance(method, LoraConfig) else 1.0
+    return {} if ratio == 1.0 else {name: ratio for name in parameters if ".lora_B." in name}
