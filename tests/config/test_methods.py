@@ -12,11 +12,13 @@ def method(name, quantization="none", **keys):
 
 
 def test_what_depends_on_other_settings_is_resolved():
-    assert method("freeze").num_layers == 2
-    assert method("freeze", patterns=["*.mlp.*"]).num_layers == 0
+    assert method("freeze").num_blocks == 2
+    assert method("freeze", patterns=["*.mlp.*"]).num_blocks == 0
+    assert method("freeze", num_layers=1).num_blocks == 1
     assert method("freeze", num_layers=1, patterns="*.mlp.*").patterns == ("*.mlp.*",)
-    assert method("prefix").init == "vocab"
-    assert method("prefix", projection=True).init == "random"
+    assert method("prefix").start == "vocab"
+    assert method("prefix", projection=True).start == "random"
+    assert method("prefix", init="random").start == "random"
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
@@ -29,7 +31,7 @@ def test_a_text_may_start_virtual_tokens(name):
     [
         ({"name": "prompt", "init": "text"}, "method.init_text is not set; give the text"),
         ({"name": "prompt", "init_text": "a"}, r"no effect with method.init=vocab; set method.init=text"),
-        ({"name": "prefix", "init_text": "a"}, r"no effect with method.init=vocab; set method.init=text"),
+        ({"name": "prefix", "init_text": "a"}, r"no effect with method.init=none; set method.init=text"),
         ({"name": "prompt", "init": "text", "init_text": ""}, "at least 1 character"),
         ({"name": "prompt", "num_virtual_tokens": 0}, "greater than 0"),
         ({"name": "prompt", "num_virtual_tokens": True}, "not true or false"),
@@ -64,7 +66,7 @@ def test_what_does_not_go_together_is_refused(keys, message):
 def test_quantized_weights_are_not_trained(quantization):
     with pytest.raises(ConfigError, match="num_layers=2 trains the weights of blocks"):
         method("freeze", quantization)
-    assert method("freeze", quantization, patterns=["*norm*"]).num_layers == 0
+    assert method("freeze", quantization, patterns=["*norm*"]).num_blocks == 0
     for init in ("pissa", "olora"):
         with pytest.raises(ConfigError, match=f"init={init} takes a part out of the weights"):
             method("lora", quantization, init=init)

@@ -19,7 +19,7 @@ def _init_text_belongs_to_init(config: RunConfig) -> str | None:
     if method.init == "text" and method.init_text is None:
         return "method.init is text, but method.init_text is not set; give the text, or set method.init=vocab"
     if method.init != "text" and method.init_text is not None:
-        return f"method.init_text has no effect with method.init={method.init or 'vocab'}; set method.init=text"
+        return f"method.init_text has no effect with method.init={method.init or 'none'}; set method.init=text"
     return None
 
 
@@ -80,17 +80,17 @@ def _freeze_trains_something(config: RunConfig) -> str | None:
     method = config.method
     if not isinstance(method, FreezeConfig):
         return None
-    if method.num_layers == 0 and not method.patterns and not method.also:
+    if method.num_blocks == 0 and not method.patterns and not method.also:
         return (
             "method.num_layers is 0 and neither method.patterns nor method.also is set: nothing would be trained; "
             "raise it, or give one of the others"
         )
-    blocks = method.num_layers if method.num_layers is not None else 0 if method.patterns else 2
-    if blocks and config.model.quantization != "none":
+    if method.num_blocks and config.model.quantization != "none":
         return (
             f"model.quantization is {config.model.quantization}, but method.name=freeze with method.num_layers="
-            f"{blocks} trains the weights of blocks, and quantized weights are frozen. Set method.num_layers=0 and "
-            "method.patterns to parameters that stay in full precision, or model.quantization=none"
+            f"{method.num_blocks} trains the weights of blocks, and quantized weights are frozen. Set "
+            "method.num_layers=0 and method.patterns to parameters that stay in full precision, or "
+            "model.quantization=none"
         )
     return None
 

@@ -133,6 +133,7 @@ def leaves(config: RunConfig) -> dict[str, Any]:
 
 def _resolve(config: RunConfig, name: str) -> RunConfig:
     tree = config.model_dump()
+    tree["method"] = config.method.model_dump(exclude_unset=True)  # method.adapter fills in what was not said
     train, data = tree["train"], config.data
     if train["global_batch_rows"] is None and train["global_batch_tokens"] is None:
         train["global_batch_rows"] = 16
@@ -142,11 +143,6 @@ def _resolve(config: RunConfig, name: str) -> RunConfig:
         train["micro_batch_rows"] = train["micro_batch_rows"] or 4
     if train["learning_rate"] is None:
         train["learning_rate"] = config.method.default_learning_rate
-    method = tree["method"]
-    if method["name"] == "freeze" and method["num_layers"] is None:
-        method["num_layers"] = 0 if method["patterns"] else 2
-    if method["name"] == "prefix" and method["init"] is None:
-        method["init"] = "random" if method["projection"] else "vocab"
     if train["eval_every_steps"] is None:
         train["eval_every_steps"] = train["save_every_steps"]
     if tree["output"]["dir"] is None:

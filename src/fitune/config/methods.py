@@ -137,6 +137,13 @@ class FreezeConfig(Section):
     )
     adapter: Adapter = None
 
+    @property
+    def num_blocks(self) -> int:
+        """How many of the last blocks are trained."""
+        if self.num_layers is not None:
+            return self.num_layers
+        return 0 if self.patterns else 2
+
 
 class BitfitConfig(Section):
     """Train only the bias vectors (BitFit, arXiv:2106.10199)."""
@@ -204,6 +211,11 @@ class PrefixConfig(Section):
     init_text: InitText = None
     adapter: Adapter = None
 
+    @property
+    def start(self) -> Literal["vocab", "text", "random"]:
+        """What keys and values start as."""
+        return self.init or ("random" if self.projection else "vocab")
+
 
 class Ia3Config(Section):
     """Train one factor per output of some linear layers, or per input of the MLP's last one (IA3, arXiv:2205.05638)."""
@@ -227,11 +239,11 @@ class Ia3Config(Section):
     adapter: Adapter = None
 
 
-MethodConfig = Annotated[
-    LoraConfig | FullConfig | FreezeConfig | BitfitConfig | PromptConfig | PtuningConfig | PrefixConfig | Ia3Config,
-    Field(discriminator="name"),
-]
-METHODS: dict[str, type[Section]] = {
-    get_args(member.model_fields["name"].annotation)[0]: member for member in get_args(get_args(MethodConfig)[0])
+AnyMethod = (
+    LoraConfig | FullConfig | FreezeConfig | BitfitConfig | PromptConfig | PtuningConfig | PrefixConfig | Ia3Config
+)
+MethodConfig = Annotated[AnyMethod, Field(discriminator="name")]
+METHODS: dict[str, type[AnyMethod]] = {
+    get_args(member.model_fields["name"].annotation)[0]: member for member in get_args(AnyMethod)
 }
 PromptLearning = PromptConfig | PtuningConfig | PrefixConfig  # virtual tokens instead of weights

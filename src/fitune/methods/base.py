@@ -21,14 +21,14 @@ from torch import nn
 
 from fitune.config import MethodConfig
 from fitune.errors import CheckpointError
+from fitune.model.adapter import CONFIG, FACTS, WEIGHTS
 from fitune.model.load import Base
 
-WEIGHTS = "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
-CONFIG = "adapter_config.json"
-FACTS = "fitune.json"  # ours stand apart: PEFT warns about keys it does not know
 
 Tensors = dict[str, torch.Tensor]
+
+__all__ = ["CONFIG", "WEIGHTS"]
 
 
 @dataclass(frozen=True)

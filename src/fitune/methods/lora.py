@@ -158,7 +158,7 @@ def _result(model: nn.Module) -> Tensors | None:
 
 
 def _write_config(model: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
-    config: Any = model.peft_config["default"]  # type: ignore[index, union-attr]  # a PeftModel
+    config: Any = model.peft_config["default"]  # type: ignore[index]  # a PeftModel
     changes: dict[str, Any] = {}
     if _starts(model):  # twice the rank, the same scale
         alpha = 2 * config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
@@ -170,8 +170,10 @@ def _write_config(model: nn.Module, folder: Path, facts: dict[str, Any]) -> None
 
 
 def _embedding(model: nn.Module) -> str:
-    base: Any = model.get_base_model()  # type: ignore[operator]  # a PeftModel
-    return next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]  # a PeftModel
+    embedding = base.get_input_embeddings()  # type: ignore[operator]
+    path: str = next(name for name, module in base.named_modules() if module is embedding)
+    return path
 
 
 LORA = Method(

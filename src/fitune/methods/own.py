@@ -46,7 +46,7 @@ def _freeze(base: Base, config: MethodConfig) -> nn.Module:
     assert isinstance(config, FreezeConfig)
     names = [name for pattern in config.patterns for name in parameters_like(base.model, pattern)]
     path, count = blocks(base.model)
-    wanted = config.num_layers or 0
+    wanted = config.num_blocks
     if wanted > count:
         raise ConfigError(
             f"method.num_layers is {wanted}, but this {base.model_type} model has {count} blocks; set "

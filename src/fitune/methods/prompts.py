@@ -63,7 +63,7 @@ def _prefix(base: Base, config: MethodConfig) -> nn.Module:
         encoder_hidden_size=config.encoder_hidden_size,
     )
     model = adapters.wrap(base.model, settings)
-    if config.init != "random":
+    if config.start != "random":
         ids = start_ids(Tokenizer.load(base.folder), config)[None]
         with torch.no_grad():
             cache = base.model(ids.to(next(base.model.parameters()).device), use_cache=True).past_key_values
@@ -99,7 +99,7 @@ def check_text(config: MethodConfig, tokenizer: Tokenizer) -> None:
 
 
 def _encoder(model: nn.Module) -> Any:
-    return model.prompt_encoder["default"]  # type: ignore[index, union-attr]  # a PeftModel
+    return model.prompt_encoder["default"]  # type: ignore[index]  # a PeftModel
 
 
 def _has_network(model: nn.Module) -> bool:

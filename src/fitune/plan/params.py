@@ -153,10 +153,10 @@ def _copies(arch: ArchSpec, names: Sequence[str]) -> Iterator[Tensors]:
             )
         for parameter, blocks in hits.items():
             found.setdefault(parameter, set()).update(blocks)
-    for parameter in arch.parameters:
-        if parameter.name in found:
-            blocks = found[parameter.name]
-            yield Tensors(parameter.elements, len(blocks), "copy", _lowest(arch, parameter, blocks))
+    for owned in arch.parameters:
+        if owned.name in found:
+            blocks = found[owned.name]
+            yield Tensors(owned.elements, len(blocks), "copy", _lowest(arch, owned, blocks))
 
 
 def _whole(arch: ArchSpec, parameter: Parameter, name: str, layers: set[str]) -> set[int]:
@@ -197,7 +197,7 @@ def _bitfit(arch: ArchSpec, method: BitfitConfig) -> Iterator[Tensors]:
 
 
 def _freeze(arch: ArchSpec, method: FreezeConfig) -> Iterator[Tensors]:
-    wanted = method.num_layers or 0
+    wanted = method.num_blocks
     if wanted > arch.layers:
         raise ConfigError(
             f"method.num_layers is {wanted}, but this {arch.model_type} model has {arch.layers} blocks; set "

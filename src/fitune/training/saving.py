@@ -149,5 +149,9 @@ def publish(session: Session, state: State) -> int:
 
 
 def base_facts(session: Session) -> dict[str, Any]:
-    """What an adapter records about the model it belongs to."""
-    return {"base_model": session.config.model.path, "base_fingerprint": session.facts["base_fingerprint"]}
+    """What an adapter records about the model it belongs to, and how it was trained."""
+    return {
+        "base_model": session.config.model.path,
+        "base_fingerprint": session.facts["base_fingerprint"],
+        "settings": session.config.method.model_dump(mode="json", exclude={"name", "adapter"}),
+    }
