@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fitune.errors import CheckpointError, ConfigError
@@ -38,7 +39,8 @@ def state(model: nn.Module) -> Tensors:
     """The adapter by the names of PEFT's file; what dropout would change is computed without it."""
     was_training = model.training
     model.eval()
-    tensors = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    with torch.no_grad():
+        tensors = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     model.train(was_training)
     return cast(Tensors, tensors)
 
@@ -54,11 +56,7 @@ def open_adapter(base: Base, folder: Path) -> nn.Module:
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the model.
     """
-    try:
-        settings = import_peft().PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: cannot be read ({error})") from error
-    settings.inference_mode = True
+    settings = _read_config(folder)
     try:
         model = wrap(base.model, settings)
     except ValueError as error:
@@ -66,7 +64,22 @@ def open_adapter(base: Base, folder: Path) -> nn.Module:
     tensors = read_tensors(folder / WEIGHTS)
     check_tensors(folder / WEIGHTS, tensors, state(model))
     load_state(model, tensors)
-    return model
+    return model.requires_grad_(False)
+
+
+def _read_config(folder: Path) -> Any:
+    """PEFT's settings of a stored adapter; sizes of the model are those of the model it meets, not of the file."""
+    try:
+        settings = import_peft().PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: cannot be read ({error})") from error
+    if settings.peft_type is None:
+        raise CheckpointError(f"{folder / CONFIG}: cannot be read (it has no peft_type)")
+    settings.inference_mode = True
+    settings.base_model_name_or_path = None  # PEFT warns about another name
+    if settings.is_prompt_learning:
+        settings.token_dim = settings.num_layers = settings.num_attention_heads = None
+    return settings
 
 
 def write_config(model: nn.Module, folder: Path, facts: dict[str, Any], **changes: Any) -> None:
