@@ -1,9 +1,10 @@
 """Attention inside documents: the rows of a micro-step stand one after another and see only their own document.
 
-A token sees itself, what stands before it, and all of its document's prefix, if documents have one. Forward keeps the output and one log-sum-exp per query and head; backward makes the scores again from those
-(FlashAttention-2, arXiv:2307.08691), so nothing quadratic is stored. On CPU each document goes through PyTorch's own
-blocked kernel; on CUDA `attention_triton` does all documents in one launch. Shapes decide everything there, no value is
-read by the host, so a CUDA graph can hold both.
+A token sees itself, what stands before it, and all of its document's prefix, if documents have one. Forward keeps the
+output and one log-sum-exp per query and head; backward makes the scores again from those (FlashAttention-2,
+arXiv:2307.08691), so nothing quadratic is stored. On CPU each document goes through PyTorch's own blocked kernel; on
+CUDA `attention_triton` does all documents in one launch. Shapes decide everything there, no value is read by the host,
+so a CUDA graph can hold both.
 
 Shapes: T tokens, h query heads, g key/value heads (h is a multiple of g), d head width, n tokens of one document.
 """

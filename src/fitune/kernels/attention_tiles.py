@@ -22,7 +22,7 @@ LOWEST = tl.constexpr(-1e30)  # a running maximum that no score is below, finite
 
 @triton.jit
 def _tile(source, stride, row, left, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MASKED, TMA):
-    """(ROWS, WIDTH) of the head at column `left`, from `row` on: zeros right of D and, if MASKED, from row `limit` on."""
+    """(ROWS, WIDTH) of the head at column `left` from `row` on: zeros right of D and, if MASKED, from row `limit` on."""
     if TMA:
         return source.load([row, left])
     else:
@@ -92,7 +92,7 @@ def _last_seen(until, row_M, T, PREFIX: tl.constexpr):
 
 @triton.jit
 def _query_blocks(start, end, until, n0, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PREFIX: tl.constexpr):
-    """Blocks of queries that see keys n0 .. n0 + N: first row, masked blocks before, unmasked blocks, all masked blocks.
+    """Blocks of queries that see keys n0 .. n0 + N: first row, masked blocks before, unmasked blocks, all masked ones.
 
     Rows before the one that sees the last key need a mask, and rows behind the end of the first key's document.
     """
