@@ -22,7 +22,7 @@ LOWEST = tl.constexpr(-1e30)  # a running maximum that no score is below, finite
 
 @triton.jit
 def _tile(source, stride, row, left, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MASKED, TMA):
-    """(ROWS, WIDTH) of the head at column `left` from `row` on: zeros right of D and, if MASKED, from row `limit` on."""
+    """(ROWS, WIDTH) of the head at column `left` from `row` on: zeros right of D, and from `limit` on if MASKED."""
     if TMA:
         return source.load([row, left])
     else:
