@@ -19,9 +19,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.bloom import modeling_bloom as stock
 
-from fitune.model.masks import causal, is_right_padded, same_document, without_pads
-
-_BIAS_ALIGNMENT = 8  # elements: the fused CUDA kernels copy a bias whose rows begin elsewhere, in every layer
+from fitune.model.masks import causal, documents, empty_bias, is_right_padded, same_document, without_pads
 
 
 class BloomAttention(stock.BloomAttention):  # type: ignore[misc]  # transformers is untyped
@@ -147,14 +145,12 @@ def alibi_bias(
     places_BS = torch.arange(num_keys, device=device)[None]
     if attention_mask_BS is None:
         if position_ids_BT is not None and not past:
-            visible_BTS = visible_BTS & same_document(position_ids_BT)
+            visible_BTS = visible_BTS & same_document(documents(position_ids_BT), num_queries)
     elif not is_right_padded(attention_mask_BS):
         visible_BTS = without_pads(visible_BTS, attention_mask_BS)
         places_BS = attention_mask_BS.cumsum(-1)
     distance_BTS = (places_BS[:, None] - places_BS[:, past:, None]).float().masked_fill(~visible_BTS, float("-inf"))
-    width = -(-num_keys // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
-    bias = torch.empty(len(distance_BTS), num_heads, num_queries, width, dtype=like.dtype, device=device)
-    bias_BHTS = bias[..., :num_keys]
+    bias_BHTS = empty_bias(len(distance_BTS), num_heads, num_queries, num_keys, like)
     for head, slope in enumerate(alibi_slopes(num_heads)):
         bias_BHTS[:, head] = distance_BTS * slope
     return bias_BHTS

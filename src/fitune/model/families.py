@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family(("q_proj", "v_proj"), (*_SPLIT, "gate_up_proj", "down_proj")),
     "phi3": Family(("qkv_proj",), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     "bloom": Family(("query_key_value",), _FUSED),
+    "chatglm": Family(("query_key_value",), _FUSED),  # the first version; 2 and 3 are glm
     "gpt_neox": Family(("query_key_value",), _FUSED),
 }
 
