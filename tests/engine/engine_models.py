@@ -11,6 +11,7 @@ from fitune.data.prepare import Row
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.bloom import BloomForCausalLM
+from fitune.model.chatglm_v1 import ChatGLMForConditionalGeneration, read_config
 from fitune.model.load import Base
 from fitune.model.quantize import quantize_blocks
 from fitune.training.path import PlainPath
@@ -49,18 +50,33 @@ CONFIGS = {
         vocab_size=131, hidden_size=96, n_layer=3, n_head=6, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),
 }
-CLASSES = {"bloom": BloomForCausalLM}
-BIASED = ["qwen2", "glm", "bloom"]
+CONFIGS["chatglm"] = lambda: read_config(
+    {
+        "hidden_size": 96,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "inner_hidden_size": 160,
+        "vocab_size": 131,
+        "max_sequence_length": 256,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 127,
+        "gmask_token_id": 128,
+        "mask_token_id": 129,
+        "tie_word_embeddings": False,
+    }
+)
+CLASSES = {"bloom": BloomForCausalLM, "chatglm": ChatGLMForConditionalGeneration}
+BIASED = ["qwen2", "glm", "bloom", "chatglm"]
+SOP, GMASK = 127, 128
 TARGETS = {
     "attention": "attention",
     "linear": "linear",
     "output and down": ["o_proj", "down_proj"],
     "up alone": ["up_proj"],
 }
-NAMES = {
-    "glm": {"up_proj": "gate_up_proj"},
-    "bloom": {"o_proj": "dense", "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h"},
-}
+FUSED = {"o_proj": "dense", "up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h"}
+NAMES = {"glm": {"up_proj": "gate_up_proj"}, "bloom": FUSED, "chatglm": FUSED}
 
 
 def targets_of(kind, targets):
@@ -104,10 +120,13 @@ def make(kind, targets="linear", dtype=torch.float32, quantization="none", **met
 
 
 def make_rows(lengths, seed=0):
+    """Random ids; rows of five tokens and more end their context with gMASK and sop, which mean nothing to most."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number, length in enumerate(lengths):
-        ids = array("i", torch.randint(3, SIZES["vocab_size"], (length,), generator=generator).tolist())
+        ids = array("i", torch.randint(3, SOP, (length,), generator=generator).tolist())
+        if length >= 5:
+            ids[length // 2 - 1 : length // 2 + 1] = array("i", [GMASK, SOP])
         learn = bytes([0, *torch.randint(0, 2, (length - 1,), generator=generator).tolist()])
         rows.append(Row(ids, learn, f"row {number}"))
     return rows

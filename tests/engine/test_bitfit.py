@@ -1,4 +1,4 @@
-"""BitFit on the engine: gradients of biases are sums over tokens, and what multiplies with a bias sees its new value."""
+"""BitFit on the engine: gradients of biases are sums over tokens, and products see the biases an update wrote."""
 
 import pytest
 import torch
@@ -24,9 +24,10 @@ def test_equal_to_the_plain_path(kind, level):
     compare(model, engine, pad(rows, 0), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bloom", "chatglm"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "fp8"])
-def test_over_quantized_weights(quantization):
-    model, model_type = make("bloom", quantization=quantization, name="bitfit")
+def test_over_quantized_weights(quantization, kind):
+    model, model_type = make(kind, quantization=quantization, name="bitfit")
     engine = EnginePath(model, model_type, "full", 64, 128)
     compare(model, engine, pack(make_rows([17, 5, 30, 2])), 0.08 if quantization == "fp8" else 1e-5)
 

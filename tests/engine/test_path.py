@@ -10,8 +10,10 @@ from fitune.data.batches import pack, pad
 from fitune.data.prepare import Row
 from fitune.engine.layout import flatten
 from fitune.engine.path import EnginePath
-from fitune.engine.spec import Unsupported
+from fitune.engine.spec import SPECS, Unsupported
 from fitune.methods.base import trainable
+from fitune.model.chatglm_v1 import ALPHA
+from fitune.model.prefix_lm import Blank
 from fitune.plan.saves import LEVELS, head_bytes, saved_bytes, shared_bytes
 from fitune.training.path import PlainPath
 
@@ -28,7 +30,7 @@ def test_equal_to_the_plain_path(kind, targets, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bloom", "chatglm"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "fp4"])
 def test_quantized_weights_give_the_plain_path_s_gradients(quantization, kind, level):
     model, model_type = make(kind, quantization=quantization)
@@ -39,7 +41,7 @@ def test_quantized_weights_give_the_plain_path_s_gradients(quantization, kind, l
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bloom", "chatglm"])
 def test_fp8_follows_the_plain_path(kind, level):
     """The engine quantizes gradients of q, k and v as one row, the plain path each alone: close, not equal."""
     model, model_type = make(kind, quantization="fp8")
@@ -101,11 +103,21 @@ def test_upper_layers_only_stop_at_the_lowest_adapter():
     compare(model, engine, pack(make_rows([17, 5])), 1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"dropout": 0.3}),
+        ("bloom", {}),
+        ("bloom", {"name": "bitfit"}),
+        ("chatglm", {}),
+        ("chatglm", {"name": "bitfit"}),
+    ],
+)
 @pytest.mark.parametrize("level", LEVELS)
-def test_only_what_is_declared_reaches_the_backward_pass(level, dropout):
+def test_only_what_is_declared_reaches_the_backward_pass(level, kind, method):
     """Everything that is not declared as kept is poisoned between the passes; the gradients stay the same."""
-    model, model_type = make("qwen3", dropout=dropout)
+    model, model_type = make(kind, **method)
     engine = EnginePath(model, model_type, level, 64, 128)
     batch = pack(make_rows([17, 5, 30]))
     torch.manual_seed(2)
@@ -127,18 +139,20 @@ def test_only_what_is_declared_reaches_the_backward_pass(level, dropout):
         assert torch.equal(gradients[name], expected[1][name]), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("kind", "dropout"), [("qwen3", 0.0), ("qwen3", 0.3), ("bloom", 0.3), ("chatglm", 0.0)])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_the_declared_ones(level, dtype, dropout):
-    model, model_type = make("qwen3", dtype=dtype, dropout=dropout)
+def test_bytes_are_the_declared_ones(level, dtype, kind, dropout):
+    model, model_type = make(kind, dtype=dtype, dropout=dropout)
     assert (dropout > 0) == ("dropped" in EnginePath(model, model_type, level, 8, 8)._buffers._shared)
     engine = EnginePath(model, model_type, level, 48, 128)
     layers, size = SIZES["num_hidden_layers"], dtype.itemsize
     assert engine._buffers.kept_bytes() == saved_bytes(engine.shape, level, 48, layers, size)
     assert engine._buffers.shared_bytes() == shared_bytes(engine.shape, level, 48, size)
     head = engine._head
-    tensors = (head._logits_MV, head._x_MH, head._y_MH, head._d_MH, head._rstd_M, head._loss_M)
+    tensors = [
+        tensor for name, tensor in vars(head).items() if name.endswith(("_MV", "_MH", "_M")) and tensor is not None
+    ]
     assert sum(t.numel() * t.element_size() for t in tensors) == head_bytes(engine.shape, SIZES["vocab_size"], size)
 
 
@@ -200,6 +214,21 @@ def test_flatten_drops_padding_and_shifts_labels():
         assert got["start"].tolist() == [0, 0, 0, 3, 3]
         assert got["end"].tolist() == [3, 3, 3, 5, 5]
         assert (got["index"].tolist(), got["targets"].tolist()) == ([1, 3], [7, 9])
+
+
+def test_flatten_finds_prefixes():
+    """Two position rows, and how far all of a document is seen: up to sop, or everywhere without it."""
+    ids = [[5, 6, 20, 30, 7], [8, 30, 9], [5, 6]]
+    rows = [Row(array("i", row), bytes(len(row)), "a") for row in ids]
+    for batch in (pad(rows, 0), pack(rows)):
+        got, _ = flatten(batch, Blank(sop=30, gmask=20, mask=21))
+        assert got["positions"].tolist() == [0, 1, 2, 2, 2, 0, 0, 0, 0, 1]
+        assert got["positions2"].tolist() == [0, 0, 0, 1, 2, 0, 1, 2, 0, 0]
+        assert got["until"].tolist() == [3] * 5 + [6] * 3 + [10] * 2
+
+
+def test_the_stream_is_carried_as_in_the_model():
+    assert SPECS["chatglm"].carried == ALPHA
 
 
 def test_what_the_engine_does_not_do_is_named():

@@ -11,17 +11,22 @@ from typing import Any
 import torch
 
 from fitune.data.batches import IGNORE, Batch
+from fitune.model.prefix_lm import Blank, find_places
 
 cuda: Any = torch.cuda  # only partly typed
 Rows = dict[str, torch.Tensor]
 
 
-def flatten(batch: Batch) -> tuple[Rows, int]:
+def flatten(batch: Batch, blank: Blank | None = None) -> tuple[Rows, int]:
     """The real tokens of a padded or packed batch one after another, on the host.
+
+    Args:
+        blank: the ids that tell where a document's prefix ends; None: documents have none.
 
     Returns:
         `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one
-        past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. And T.
+        past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. With `blank`
+        also `positions2` and `until`, the token past the document's prefix. And T.
     """
     ids, labels, positions = batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT
     if batch.attention_mask_BT is not None:
@@ -40,6 +45,11 @@ def flatten(batch: Batch) -> tuple[Rows, int]:
         "index": index,
         "targets": labels[index + 1],
     }
+    if blank is not None:
+        places = find_places(ids[None], blank, None, positions[None])
+        rows["positions"], rows["positions2"] = places.rows_B2S[0]
+        prefixes = torch.stack([part.sum() for part in places.context_BS[0].split(lengths.tolist())])
+        rows["until"] = (starts + prefixes).repeat_interleave(lengths)
     return rows, tokens
 
 

@@ -80,8 +80,9 @@ class EnginePath:
         if spec.positions == "alibi":
             self._slopes_h = alibi_slopes(self.shape.heads, self.device)
         else:
-            tables = rotary_tables(model, max_position, self.dtype)
+            tables = rotary_tables(model, spec, max_position, self.dtype)
             self._rotary = Rotary(*tables, self.shape.head_dim, spec.interleaved, self.shape.axes, spec.fused)
+        self._blank = base.blank if spec.prefix else None
         self._scale = torch.ones((), device=self.device)
         self._loss_sum = torch.zeros((), device=self.device)
         groups = [group for block in self.blocks for group in block.groups.values()]
@@ -150,7 +151,7 @@ class EnginePath:
             The block's output (T, H), and the gradient of its input (None where nothing below is trained). The
             adapters' gradients are added as by `loss_and_grad`.
         """
-        rows, tokens = flatten(batch)
+        rows, tokens = flatten(batch, self._blank)
         self.trained.claim()
         self._seed(training=False)
         with torch.no_grad():
@@ -187,7 +188,7 @@ class EnginePath:
         self._integers = Integers(names, read, capacity, self._head.rows, self.device)
 
     def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
-        rows, tokens = flatten(batch)
+        rows, tokens = flatten(batch, self._blank)
         assert self._buffers is not None
         if tokens > self._buffers.capacity:
             self.reserve(tokens)

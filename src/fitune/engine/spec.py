@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import nn
 from fitune.kernels.attention import MAX_HEAD_DIM
 from fitune.kernels.launch import has_triton
 from fitune.kernels.norm import Norm
+from fitune.model import prefix_lm
 from fitune.plan.saves import BlockShape
 
 
@@ -33,6 +35,7 @@ class BlockSpec:
         fused: rows of the one projection to queries, keys and values are [q | k | v] of one head after another.
         mlp: silu(gate) * up, or gelu (its tanh form).
         carried: the residual stream passes through the two norms, times this; None: beside them. See `kernels.norm`.
+        prefix: what stands before a document's answer is seen by all of it (`model.prefix_lm`).
     """
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -52,6 +55,7 @@ class BlockSpec:
     fused: bool = False
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     carried: float | None = None
+    prefix: bool = False
 
     def names(self) -> dict[str, tuple[str, ...]]:
         """Group name -> module names."""
@@ -76,6 +80,20 @@ SPECS: dict[str, BlockSpec] = {
         positions="alibi",
         fused=True,
         mlp="gelu",
+    ),
+    "chatglm": BlockSpec(  # the first version; 2 and 3 are glm
+        qkv=("attention.query_key_value",),
+        o=("attention.dense",),
+        up=("mlp.dense_h_to_4h",),
+        down=("mlp.dense_4h_to_h",),
+        layers="transformer.layers",
+        final_norm="transformer.final_layernorm",
+        norm="layer",
+        positions="rotary of two axes",
+        fused=True,
+        mlp="gelu",
+        carried=math.sqrt(2 * 28),  # however many layers there are
+        prefix=True,
     ),
 }
 ROPE = ("default", "linear", "llama3")  # the frequencies of the others depend on the length of the row
@@ -166,6 +184,7 @@ def block_shape(model: nn.Module, spec: BlockSpec, lora: tuple[int, int, int, in
         qk_norm=bool(spec.q_norm),
         layer_norm=spec.norm == "layer",
         axes=2 if spec.positions == "rotary of two axes" else 1,
+        prefix=spec.prefix,
         lora=lora,
     )
 
@@ -181,9 +200,16 @@ def epsilon(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
-def rotary_tables(model: nn.Module, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (positions, rotary_dim / 2) of the model's own rotary embedding, rounded to `dtype` as it does."""
-    rotary = base_of(model).model.rotary_emb
+def rotary_tables(
+    model: nn.Module, spec: BlockSpec, positions: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin (positions, pairs of one axis) of the model's own rotary embedding, rounded to `dtype` as it does."""
+    base = base_of(model)
+    if spec.positions == "rotary of two axes":
+        rows_12P = torch.arange(positions, device=next(base.parameters()).device).expand(1, 2, positions)
+        cos, sin = prefix_lm.rotary_tables(rows_12P, _head_dim(base.config), dtype)
+        return cos[0, 0, :, 0].contiguous(), sin[0, 0, :, 0].contiguous()
+    rotary = base.model.rotary_emb
     device = rotary.inv_freq.device
     index_1P = torch.arange(positions, device=device)[None]
     with torch.no_grad():

@@ -36,7 +36,7 @@ FP8_TOLERANCE = (25e-2, 5e-2)
 
 
 def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
-    """Compare both paths on one row of at most 256 tokens.
+    """Compare both paths on at most 256 tokens of one row, around the first that is supervised.
 
     Both run on the engine's own stream and in this thread: the libraries' workspaces (32 MiB per thread and stream on
     Hopper) are then those that the engine's graphs use anyway.
@@ -47,7 +47,8 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
         FituneError: they differ by more than the dtype's rounding explains.
     """
     count = min(check_tokens(engine.vocabulary), row.num_tokens)
-    batch = pack([Row(row.input_ids[:count], bytes([0]) + bytes([1]) * (count - 1), row.source)])
+    start = max(0, min(row.learn.find(1) - count // 2, row.num_tokens - count))
+    batch = pack([Row(row.input_ids[start : start + count], bytes([0]) + bytes([1]) * (count - 1), row.source)])
     with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_B(model):
         loss, calls = _plain_forward(model, batch.to(engine.device), engine)
         loss_off = abs(engine.loss(batch).item() - loss) / abs(loss)
