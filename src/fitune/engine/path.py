@@ -26,6 +26,8 @@ from fitune.kernels.dropout import Dropout
 from fitune.kernels.norm import Norm
 from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
+from fitune.kernels.rows import gather_rows
+from fitune.model.host_embedding import host_embedding
 from fitune.plan.saves import Level, bucket
 
 cuda: Any = torch.cuda  # only partly typed
@@ -49,8 +51,11 @@ class EnginePath:
         spec = block_spec(model, model_type)
         base = base_of(model)
         self._embedding_VH = base.get_input_embeddings().weight.detach()
-        self.device, self.dtype = self._embedding_VH.device, self._embedding_VH.dtype
+        self.device, self.dtype = next(model.parameters()).device, self._embedding_VH.dtype
         self.level = level
+        if level == "offload" and self.device.type == "cuda":
+            hosted_VH = host_embedding(base)
+            self._embedding_VH = self._embedding_VH if hosted_VH is None else hosted_VH
         self._scratch = Scratch(self.dtype, self.device)
         self.blocks = [Block(layer, spec, level, self.dtype, self._scratch) for layer in base.model.layers]
         columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
@@ -255,7 +260,7 @@ class EnginePath:
             if offload and kept >= 0:
                 offload.before_write(kept)
             if layer == 0:
-                torch.index_select(self._embedding_VH, 0, self._inputs[0, :tokens], out=views["x"])
+                gather_rows(self._embedding_VH, self._inputs[0, :tokens], views["x"])
             block.forward(views, where, residual)
             residual = views["mid"]
             if offload and kept >= 0:
