@@ -41,17 +41,4 @@ def check_rows(x, index, out):
     assert not out[:, 24:].any()
 
 
-def table(dtype, device="cpu"):
-    """A table that lies where only a GPU with page-locked memory reaches it, if there is a GPU."""
-    generator = torch.Generator().manual_seed(2)
-    made = torch.randn(9, 24, generator=generator).to(dtype)
-    made = made.pin_memory() if device == "cuda" else made
-    return made, torch.tensor([8, 0, 3, 3], device=device), torch.zeros(4, 40, dtype=dtype, device=device)
-
-
-def check_gathered(made, index, out):
-    assert torch.equal(out[:, :24].cpu(), made[index.cpu()])
-    assert not out[:, 24:].any()
-
-
-__all__ = ["DTYPES", "Refresh", "check_copies", "check_gathered", "check_rows", "copies", "rows", "table"]
+__all__ = ["DTYPES", "Refresh", "check_copies", "check_rows", "copies", "rows"]

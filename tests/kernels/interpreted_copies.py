@@ -25,10 +25,3 @@ def test_rows(dtype):
     x, index, out = cases.rows(dtype)
     rows_triton.scatter_rows(x, index, out)
     cases.check_rows(x, index, out)
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_gathered_rows(dtype):
-    made, index, out = cases.table(dtype)
-    rows_triton.gather_rows(made, index, out)
-    cases.check_gathered(made, index, out)

@@ -12,7 +12,7 @@ import torch
 
 import copies_cases as cases
 from fitune.kernels.refresh import Copy, Refresh
-from fitune.kernels.rows import gather_rows, scatter_rows
+from fitune.kernels.rows import scatter_rows
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
@@ -39,14 +39,6 @@ def test_rows(dtype, device):
     cases.check_rows(x, index, out)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_gathered_rows(dtype, device):
-    made, index, out = cases.table(dtype, device)
-    gather_rows(made, index, out)
-    cases.check_gathered(made, index, out)
-
-
 @needs_cuda
 @pytest.mark.gpu
 def test_a_copy_that_does_not_fit_is_refused():
@@ -65,4 +57,4 @@ def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     ended = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert re.search(r"9 passed", ended.stdout) or ended.stdout.count(".") >= 9
+    assert re.search(r"6 passed", ended.stdout) or ended.stdout.count(".") >= 6

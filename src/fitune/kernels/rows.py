@@ -1,8 +1,4 @@
-"""Rows from and to given places.
-
-Scattering is deterministic (PyTorch's index_copy_ has another, slower body in deterministic mode); gathering reads
-page-locked host memory as well as the device's.
-"""
+"""Rows to given places, deterministic (PyTorch's index_copy_ has another, slower body in deterministic mode)."""
 
 from __future__ import annotations
 
@@ -37,32 +33,3 @@ def scatter_rows(x_MH: torch.Tensor, index_M: torch.Tensor, out_TH: torch.Tensor
 def scatter_rows_reference(x_MH: torch.Tensor, index_M: torch.Tensor, out_TH: torch.Tensor) -> None:
     """Plain PyTorch `scatter_rows`."""
     out_TH[:, : x_MH.shape[1]].index_copy_(0, index_M, x_MH)
-
-
-def gather_rows(table_VH: torch.Tensor, index_T: torch.Tensor, out_TH: torch.Tensor) -> None:
-    """out[t] = table[index[t]].
-
-    Args:
-        table_VH: (V, H), unit column stride; on the device of `out_TH`, or page-locked in the host's memory: a GPU then
-            reads rows over the bus.
-        index_T: (T,) int64, below V (not checked).
-        out_TH: (T, H or more) of table's dtype, unit column stride, any row stride.
-    Raises:
-        ValueError: shapes or strides that do not fit.
-    Memory: none.
-    """
-    rows, width = index_T.shape[0], table_VH.shape[1]
-    require("table_VH", table_VH, table_VH.shape[0], width)
-    require("out_TH", out_TH, rows, width)
-    require_vector("index_T", index_T, rows)
-    if use_triton(out_TH):
-        from fitune.kernels import rows_triton
-
-        rows_triton.gather_rows(table_VH, index_T, out_TH)
-    else:
-        gather_rows_reference(table_VH, index_T, out_TH)
-
-
-def gather_rows_reference(table_VH: torch.Tensor, index_T: torch.Tensor, out_TH: torch.Tensor) -> None:
-    """Plain PyTorch `gather_rows`."""
-    out_TH[:, : table_VH.shape[1]].copy_(table_VH[index_T.to(table_VH.device)])

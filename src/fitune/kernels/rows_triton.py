@@ -24,20 +24,3 @@ def _scatter(x, index, out, width, x_stride, out_stride, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     keep = column < width
     tl.store(out + to * out_stride + column, tl.load(x + row * x_stride + column, mask=keep), mask=keep)
-
-
-def gather_rows(table_VH: torch.Tensor, index_T: torch.Tensor, out_TH: torch.Tensor) -> None:
-    """See `rows.gather_rows`; one program per row."""
-    width = table_VH.shape[1]
-    block = power_of_two(width)
-    strides = table_VH.stride(0), out_TH.stride(0)
-    _gather[(index_T.shape[0],)](table_VH, index_T, out_TH, width, *strides, BLOCK=block, num_warps=warps(block))
-
-
-@triton.jit
-def _gather(table, index, out, width, table_stride, out_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    source = tl.load(index + row).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    keep = column < width
-    tl.store(out + row * out_stride + column, tl.load(table + source * table_stride + column, mask=keep), mask=keep)

@@ -35,6 +35,7 @@ READY: tuple[Phase, ...] = ("self-check", *STEP)
 PHASES: tuple[Phase, ...] = ("loading", *READY)
 
 INPUT_ROWS, STAGING_SLOTS = 6, 4  # int64 rows of the engine's inputs; how many copies of them the host keeps
+SENT_SLOTS = 2  # rows of a hosted embedding on their way to the device
 REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
 QUANT_SLICE_BYTES = 6 * 4 * 2**22  # weights on their way into 4 bits: six fp32 slices
 QUANT_BLOCK, QUANT_NESTED = 64, 256  # elements per absmax, and absmax per second-level absmax, of nf4 and fp4
@@ -230,6 +231,7 @@ def host_bytes(job: Job) -> int:
     for at in (bucket(tokens, tokens), job.capacity):
         blocks = [(STAGING_SLOTS, 8 * INPUT_ROWS * _padded(job, at))]
         blocks.append((job.kept_blocks, saved_bytes(job.shape, job.level, at, 1, job.dtype_bytes, host=True)))
+        blocks.append((SENT_SLOTS if job.hosted else 0, job.arch.hidden * at * job.dtype_bytes))
         found: dict[int, int] = {}
         for count, size in blocks:
             rounded = 1 << (size - 1).bit_length() if size else 0
