@@ -92,8 +92,12 @@ class Integers:
         count = len(self.documents)
         self.documents[:, :tokens].copy_(self.inputs[self._first : self._first + count, :tokens])
 
-    def send(self, rows: Rows, tokens: int, size: int) -> None:
-        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row."""
+    def send(self, rows: Rows, tokens: int, size: int) -> torch.Tensor:
+        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row.
+
+        Returns:
+            The token ids (size,) on the host.
+        """
         slot, self._next = self._next, (self._next + 1) % len(self._slots)
         if self._sent[slot] is not None:
             self._sent[slot].synchronize()
@@ -108,3 +112,4 @@ class Integers:
         if self._cuda:
             self._sent[slot] = cuda.Event()
             self._sent[slot].record()
+        return self._slots[slot][self._names.index("ids"), :size]

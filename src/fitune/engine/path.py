@@ -20,6 +20,7 @@ from fitune.engine.block import Block, Tokens, Views
 from fitune.engine.buffers import Buffers
 from fitune.engine.head import Head
 from fitune.engine.layout import Integers, Rows, flatten
+from fitune.engine.offload import SentRows
 from fitune.engine.products import Scratch
 from fitune.engine.spec import (
     BlockSpec,
@@ -39,6 +40,7 @@ from fitune.kernels.norm import add_norm
 from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
 from fitune.kernels.sums import add_column_sums
+from fitune.model.host_embedding import host_embedding
 from fitune.plan.saves import BlockShape, Level, bucket, documents, integers
 
 cuda: Any = torch.cuda  # only partly typed
@@ -61,8 +63,11 @@ class EnginePath:
         spec = block_spec(model, model_type)
         base = base_of(model)
         self._embedding_VH = base.get_input_embeddings().weight.detach()
-        self.device, self.dtype = self._embedding_VH.device, self._embedding_VH.dtype
+        self.device, self.dtype = next(model.parameters()).device, self._embedding_VH.dtype
         self.level = level
+        self._hosted_VH = host_embedding(base) if level == "offload" and self.device.type == "cuda" else None
+        if self._hosted_VH is not None:
+            self._embedding_VH = self._hosted_VH
         self._scratch = Scratch(self.dtype, self.device)
         self.layers = base.get_submodule(spec.layers)
         self.trained = Trained(trained_parameters(model, spec))
@@ -155,7 +160,7 @@ class EnginePath:
         self.trained.claim()
         self._seed(training=False)
         with torch.no_grad():
-            self._integers.send(rows, tokens, tokens)
+            self._load(rows, tokens, tokens)
             self._refresh.run()
             self._integers.narrow(tokens)
             views, where, block = self._views(number, tokens), self._tokens(tokens), self.blocks[number]
@@ -186,6 +191,7 @@ class EnginePath:
             self._scratch.codes, self._scratch.scales = self._buffers.rows_of_codes()
         names, read = integers(self.shape), documents(self.shape)
         self._integers = Integers(names, read, capacity, self._head.rows, self.device)
+        self._sent_rows = None if self._hosted_VH is None else SentRows(self._hosted_VH, capacity)
 
     def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
         rows, tokens = flatten(batch, self._blank)
@@ -215,7 +221,7 @@ class EnginePath:
 
     def _direct(self, rows: Rows, tokens: int, backward: bool) -> None:
         """One micro-step at its own size."""
-        self._integers.send(rows, tokens, tokens)
+        self._load(rows, tokens, tokens)
         self._forward(tokens)
         if backward:
             self._spare("d", tokens).zero_()
@@ -225,6 +231,12 @@ class EnginePath:
             self._head_chunk(tokens, self._integers["index"][at:stop], self._integers["targets"][at:stop], backward)
         if backward:
             self._backward(tokens)
+
+    def _load(self, rows: Rows, tokens: int, size: int) -> None:
+        """Copy a micro-step's integers to the device, padded to its static size; with them hosted embeddings."""
+        ids = self._integers.send(rows, tokens, size)
+        if self._sent_rows is not None:
+            self._sent_rows.send(ids, self._embedded(size))
 
     def _tokens(self, tokens: int) -> Tokens:
         rows = Documents(*self._integers.documents[:, :tokens])
@@ -261,12 +273,16 @@ class EnginePath:
         block.output(views, stream, views["branch"])
 
     def _embed(self, views: Views, tokens: int) -> None:
-        """Token ids to the input of the first block."""
-        norm = self._embedding_norm
-        rows = views["x"] if norm is None else views["branch"]
-        torch.index_select(self._embedding_VH, 0, self._integers["ids"][:tokens], out=rows)
-        if norm is not None:
-            add_norm(rows, None, norm, None, views["x"], views["rstd1"], views["mean1"])
+        """Token ids to the input of the first block; hosted embeddings are there already."""
+        rows = self._embedded(tokens)
+        if self._hosted_VH is None:
+            torch.index_select(self._embedding_VH, 0, self._integers["ids"][:tokens], out=rows)
+        if self._embedding_norm is not None:
+            add_norm(rows, None, self._embedding_norm, None, views["x"], views["rstd1"], views["mean1"])
+
+    def _embedded(self, tokens: int) -> torch.Tensor:
+        """Where the embeddings go: the input of the first block, or beside it if they are normed."""
+        return self._views(0, tokens)["x" if self._embedding_norm is None else "branch"]
 
     def _head_chunk(self, tokens: int, index: torch.Tensor, targets: torch.Tensor, backward: bool) -> None:
         gradient = (self._scale, self._spare("d", tokens)) if backward else None
@@ -291,11 +307,11 @@ class EnginePath:
         """One micro-step at the next static size, through captured graphs."""
         assert self._buffers is not None
         size = bucket(tokens, self._buffers.capacity)
-        self._integers.send(rows, tokens, size)
+        self._load(rows, tokens, size)
         graphs = self._graphs.get(size)
         if graphs is None:
             graphs = self._graphs[size] = self._capture(size)
-            self._integers.send(rows, tokens, size)
+            self._load(rows, tokens, size)
             self._loss_sum.zero_()
         graphs["forward"].replay()
         for _ in range(-(-rows["index"].numel() // self._head.rows)):
