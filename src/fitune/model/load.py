@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fitune.errors import ConfigError
-from fitune.model.folder import inspect_folder
+from fitune.model.folder import ModelFolder, inspect_folder
+from fitune.model.host_embedding import HostEmbedding
 from fitune.model.quantize import QuantLinear, quantize_blocks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,14 +88,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     # Progress bars and load reports of the library would tear through our own display; our errors say more.
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}: model_type {raw.model_type!r} is not a causal language model that transformers "
-            f"{transformers.__version__} knows; check config.json or update transformers"
-        ) from error
+    config, model_class = _architecture(folder, raw)
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
     options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
@@ -125,6 +119,25 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     model.eval()
     rows = model.get_input_embeddings().weight.shape[0]
     return Base(model, folder, raw.model_type, rows, fingerprint(folder, raw.weight_files))
+
+
+def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
+    """transformers' configuration of a folder and the class to load it with, ours where we have one."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: model_type {raw.model_type!r} is not a causal language model that transformers "
+            f"{transformers.__version__} knows; check config.json or update transformers"
+        ) from error
+    if raw.model_type == "bloom":
+        from fitune.model.bloom import BloomForCausalLM
+
+        return config, BloomForCausalLM
+    return config, model_class
 
 
 def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
@@ -180,8 +193,9 @@ def fingerprint(folder: Path, weight_files: tuple[str, ...]) -> str:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters, tied weights once; a quantized weight counts what it stands for."""
     parameters = list(model.parameters())
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + quantized
+    apart = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    apart += sum(m.weight.numel() for m in model.modules() if isinstance(m, HostEmbedding))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + apart
 
 
 def _raise_if_out_of_memory(error: Exception) -> None:
