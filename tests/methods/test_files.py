@@ -66,7 +66,8 @@ def test_peft_opens_it_on_the_unchanged_base(families, family, kind, tmp_path):
     method.save(model, tmp_path, FACTS)
     assert not (tmp_path / TRAINED).exists()
     theirs = logits(peft_model(families[family], tmp_path))
-    assert torch.equal(theirs, logits(method.open(base(families[family]), tmp_path)))
+    ours = logits(method.open(base(families[family]), tmp_path))
+    close(theirs, ours, family != "bloom")  # our attention of BLOOM sums in another order than the stock one
     close(theirs, logits(model), kind not in ROUNDED)
 
 
