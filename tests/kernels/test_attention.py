@@ -39,7 +39,7 @@ def test_the_kernels_under_the_interpreter():
     pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_attention.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider", "-p", "no:benchmark"],
         cwd=file.parent.parent.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

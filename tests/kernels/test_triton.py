@@ -57,7 +57,18 @@ def test_under_the_interpreter():
     """In a process of its own: the interpreter must be switched on before anything imports triton."""
     pytest.importorskip("triton")
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", str(here / "interpreted.py"), "-n", "0", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(here / "interpreted.py"),
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+    ]
     done = subprocess.run(
         command, cwd=here.parent.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -184,10 +184,16 @@ def test_offloaded_inputs_are_in_the_host():
     # Four copies of the integers of 4,096 tokens, and of the self-check's, padded to a head chunk of 256; each rounded
     # up to a power of two.
     staging = 4 * 2**18 + 4 * 2**14
-    assert plan.host_bytes == 32 * 4096 * 4096 * 2 + 32 * 64 * 4096 * 2 + staging
+    embedding = 128256 * 4096 * 2
+    rows = (32 + 2) * 4096 * 2  # of each token: block inputs, and embeddings in two slots
+    assert plan.host_bytes == (4096 + 64) * rows + staging + 2**30
+    assert 2**29 < embedding <= 2**30
     full = plan_of(LLAMA_8B, method, train=train | {"activation_checkpointing": "full"})
     assert full.host_bytes == staging
-    assert full.phases["backward"] - plan.phases["backward"] == (32 - 2) * 4096 * 4096 * 2
+    assert full.phases["backward"] - plan.phases["backward"] == (32 - 2) * 4096 * 4096 * 2 + embedding
+    assert full.phases["loading"] == plan.phases["loading"]
+    tied = plan_of(LLAMA_1B, method, train=train)
+    assert "embedding, norms, head" in by_name(tied)
     assert plan_of(LLAMA_8B, method, train=train | {"device": "cpu"}).host_bytes == 0
 
 

@@ -19,6 +19,7 @@ from fitune.data.batches import IGNORE, Batch
 from fitune.engine.block import Block, Tokens, epsilon
 from fitune.engine.buffers import Buffers
 from fitune.engine.head import Head
+from fitune.engine.offload import SentRows
 from fitune.engine.products import Scratch
 from fitune.engine.spec import Unsupported, adapter_dropout, base_of, block_shape, block_spec, rotary_tables
 from fitune.kernels.attention import Documents
@@ -26,6 +27,7 @@ from fitune.kernels.dropout import Dropout
 from fitune.kernels.norm import Norm
 from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
+from fitune.model.host_embedding import host_embedding
 from fitune.plan.saves import Level, bucket
 
 cuda: Any = torch.cuda  # only partly typed
@@ -49,8 +51,11 @@ class EnginePath:
         spec = block_spec(model, model_type)
         base = base_of(model)
         self._embedding_VH = base.get_input_embeddings().weight.detach()
-        self.device, self.dtype = self._embedding_VH.device, self._embedding_VH.dtype
+        self.device, self.dtype = next(model.parameters()).device, self._embedding_VH.dtype
         self.level = level
+        self._hosted_VH = host_embedding(base) if level == "offload" and self.device.type == "cuda" else None
+        if self._hosted_VH is not None:
+            self._embedding_VH = self._hosted_VH
         self._scratch = Scratch(self.dtype, self.device)
         self.blocks = [Block(layer, spec, level, self.dtype, self._scratch) for layer in base.model.layers]
         columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
@@ -186,6 +191,7 @@ class EnginePath:
         padded = -(-capacity // self._head.rows) * self._head.rows
         self._inputs = torch.zeros(len(FIELDS), max(capacity, padded), dtype=torch.int64, device=self.device)
         self._staging = _Staging(self._inputs)
+        self._sent_rows = None if self._hosted_VH is None else SentRows(self._hosted_VH, capacity)
 
     def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
         rows, tokens = flatten(batch)
@@ -227,8 +233,10 @@ class EnginePath:
             self._backward(tokens)
 
     def _load(self, rows: dict[str, torch.Tensor], tokens: int, size: int) -> None:
-        """Copy a micro-step's integers to the device, padded to its static size."""
-        self._staging.send(rows, tokens, size, self._head.rows)
+        """Copy a micro-step's integers to the device, padded to its static size; with them hosted embeddings."""
+        ids = self._staging.send(rows, tokens, size, self._head.rows)
+        if self._sent_rows is not None:
+            self._sent_rows.send(ids, self._views(0, size)["x"])
 
     def _tokens(self, tokens: int) -> Tokens:
         documents = Documents(self._documents[0, :tokens], self._documents[1, :tokens])
@@ -254,7 +262,7 @@ class EnginePath:
             kept = layer - self.lowest
             if offload and kept >= 0:
                 offload.before_write(kept)
-            if layer == 0:
+            if layer == 0 and self._hosted_VH is None:
                 torch.index_select(self._embedding_VH, 0, self._inputs[0, :tokens], out=views["x"])
             block.forward(views, where, residual)
             residual = views["mid"]
@@ -346,8 +354,12 @@ class _Staging:
         self._sent: list[Any] = [None] * slots
         self._next = 0
 
-    def send(self, rows: dict[str, torch.Tensor], tokens: int, size: int, chunk: int) -> None:
-        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row."""
+    def send(self, rows: dict[str, torch.Tensor], tokens: int, size: int, chunk: int) -> torch.Tensor:
+        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row.
+
+        Returns:
+            The token ids (size,) on the host.
+        """
         slot, self._next = self._next, (self._next + 1) % len(self._slots)
         if self._sent[slot] is not None:
             self._sent[slot].synchronize()
@@ -365,6 +377,7 @@ class _Staging:
         if self._cuda:
             self._sent[slot] = cuda.Event()
             self._sent[slot].record()
+        return staged[0, :size]
 
 
 def flatten(batch: Batch) -> tuple[dict[str, torch.Tensor], int]:

@@ -65,6 +65,12 @@ class Job:
         return self.arch.layers - lowest
 
     @property
+    def hosted(self) -> int:
+        """Elements of the embedding in the host's memory: at level `offload`, unless the head is tied to it."""
+        hosted = self.level == "offload" and self.engine and not self.hardware.on_cpu and not self.arch.tied
+        return self.arch.vocab * self.arch.hidden if hosted else 0
+
+    @property
     def capacity(self) -> int:
         """Tokens that the buffers of a micro-step are made for; on the plain path with padding."""
         if not self.engine:

@@ -35,6 +35,7 @@ READY: tuple[Phase, ...] = ("self-check", *STEP)
 PHASES: tuple[Phase, ...] = ("loading", *READY)
 
 INPUT_ROWS, STAGING_SLOTS = 6, 4  # int64 rows of the engine's inputs; how many copies of them the host keeps
+SENT_SLOTS = 2  # rows of a hosted embedding on their way to the device
 REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
 QUANT_SLICE_BYTES = 6 * 4 * 2**22  # weights on their way into 4 bits: six fp32 slices
 QUANT_BLOCK, QUANT_NESTED = 64, 256  # elements per absmax, and absmax per second-level absmax, of nf4 and fp4
@@ -63,8 +64,15 @@ def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
 
 def _outer_weights(job: Job) -> Part:
     inside = sum(linear.outs * linear.ins for linear in job.arch.linears) * job.arch.layers
-    rest = job.arch.total - inside
-    return Part("embedding, norms, head", rest * job.dtype_bytes, f"{rest:,} parameters x {job.dtype_bytes} B")
+    rest = job.arch.total - inside - job.hosted
+    name = "norms, head" if job.hosted else "embedding, norms, head"
+    return Part(name, rest * job.dtype_bytes, f"{rest:,} parameters x {job.dtype_bytes} B")
+
+
+def _embedding_on_its_way(job: Job) -> Part:
+    """Loaded with the rest, before it moves into the host's memory."""
+    formula = f"{job.hosted:,} parameters x {job.dtype_bytes} B"
+    return Part("embedding, to the host", job.hosted * job.dtype_bytes, formula, ("loading",))
 
 
 def _block_weights(job: Job) -> Part:
@@ -229,10 +237,11 @@ def host_bytes(job: Job) -> int:
     if not job.engine or job.hardware.on_cpu:
         return 0
     tokens = check_tokens(job.arch.vocab)
-    most: dict[int, int] = {}
+    most = {1 << (job.hosted * job.dtype_bytes - 1).bit_length(): 1} if job.hosted else {}
     for at in (bucket(tokens, tokens), job.capacity):
         blocks = [(STAGING_SLOTS, 8 * INPUT_ROWS * _padded(job, at))]
         blocks.append((job.kept_blocks, saved_bytes(job.shape, job.level, at, 1, job.dtype_bytes, host=True)))
+        blocks.append((SENT_SLOTS if job.hosted else 0, job.arch.hidden * at * job.dtype_bytes))
         found: dict[int, int] = {}
         for count, size in blocks:
             rounded = 1 << (size - 1).bit_length() if size else 0
@@ -348,6 +357,7 @@ def plain_bytes_per_token(job: Job) -> int:
 
 TERMS: tuple[Callable[[Job], Part], ...] = (
     _outer_weights,
+    _embedding_on_its_way,
     _block_weights,
     _biases,
     _adapters,
