@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fitune.config import LoraConfig, RunConfig
+from fitune.config import BitfitConfig, LoraConfig, RunConfig
 from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec
 from fitune.plan.hardware import CPU, HOPPER, Hardware
@@ -119,8 +119,8 @@ def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
         return "train.path=plain"
     if arch.plain is not None:
         return arch.plain
-    if not isinstance(config.method, LoraConfig):
-        return f"method.name={config.method.name}; the engine trains LoRA adapters"
+    if not isinstance(config.method, LoraConfig | BitfitConfig):
+        return f"method.name={config.method.name}; the engine trains LoRA adapters and biases"
     return None
 
 
