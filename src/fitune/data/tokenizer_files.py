@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
+from fitune.data import chatglm
+from fitune.data.sentencepiece_model import read_model, tokenizer_json
 from fitune.errors import ConfigError, MissingDependencyError
+from fitune.plan.chatglm import is_original
 
 MODEL_FILES = ("generation_config.json", "config.json")
 FILES = (
@@ -26,15 +30,23 @@ FILES = (
     "chat_template.jinja",
     *MODEL_FILES,
 )
+# Of slower tokenizers; nothing here reads them, other programs may.
+OTHER_FILES = ("added_tokens.json", "vocab.json", "merges.txt")
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What a folder says about its tokenizer, nothing interpreted yet."""
+    """What a folder says about its tokenizer, nothing interpreted yet.
+
+    Attributes:
+        contents: file name -> bytes; of an original ChatGLM folder those that it is converted to.
+        note: what of the folder is not used, for people.
+    """
 
     folder: Path
     contents: Mapping[str, bytes]
+    note: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
@@ -49,9 +61,26 @@ class TokenizerFiles:
             contents = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        found = cls(folder, contents)
+        if is_original(found.json("config.json")):
+            return found._converted()
         if "tokenizer.json" not in contents and "tokenizer.model" not in contents:
             raise ConfigError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model)")
-        return cls(folder, contents)
+        return found
+
+    def _converted(self) -> TokenizerFiles:
+        config, published = self.json("config.json"), self.json("tokenizer_config.json")
+        contents = chatglm.converted_files(self.folder, config, published, self.contents.get("tokenizer.model"))
+        return TokenizerFiles(self.folder, contents, chatglm.TEMPLATE_NOTE if published.get("chat_template") else None)
+
+    def save(self, target: Path) -> None:
+        """Write what makes up the tokenizer into another model folder; the model's own configuration stays out."""
+        for name, content in self.contents.items():
+            if name not in MODEL_FILES:
+                (target / name).write_bytes(content)
+        for name in OTHER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, target / name)
 
     def json(self, name: str) -> dict[str, object]:
         """One file as an object; empty if it is not there."""
@@ -104,11 +133,15 @@ class TokenizerFiles:
         if "tokenizer.json" in self.contents:
             backend = _parse(self.contents["tokenizer.json"], self.folder / "tokenizer.json")
         else:
-            backend = _parse(_convert(self.folder), self.folder / "tokenizer.model")
+            backend = _parse(self._from_sentencepiece(), self.folder / "tokenizer.model")
         backend.no_truncation()
         backend.no_padding()
         self._add_tokens(backend)
         return backend
+
+    def _from_sentencepiece(self) -> bytes:
+        model = read_model(self.contents["tokenizer.model"], str(self.folder / "tokenizer.model"))
+        return tokenizer_json(model, {}) if model.unsupported is None else _convert(self.folder)
 
     def _add_tokens(self, backend: tokenizers.Tokenizer) -> None:
         config = self.json("tokenizer_config.json")

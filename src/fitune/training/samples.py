@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fitune.data.prepare import Row
+from fitune.data.templates import resolve_template
 from fitune.infer.generate import Sampling, generate
 from fitune.training.session import Session
 
@@ -20,13 +22,14 @@ def write_before(session: Session) -> None:
         return
     rows = _rows(session)
     entries: list[dict[str, Any]] = []
+    said = _reads(session)
     for row, answer in zip(rows, _answers(session, rows), strict=True):
         split = prompt_length(row)
         entries.append(
             {
                 "source": row.source,
                 "prompt": session.tokenizer.decode(list(row.input_ids[:split])),
-                "reference": session.tokenizer.decode(list(row.input_ids[split : _answer_end(row, split)])),
+                "reference": said(list(row.input_ids[split : _answer_end(row, split)])),
                 "before": answer,
             }
         )
@@ -68,4 +71,12 @@ def _answers(session: Session, rows: list[Row]) -> list[str]:
     prompts = [list(row.input_ids[: prompt_length(row)]) for row in rows]
     sampling = Sampling(max_new_tokens=min(128, session.config.data.max_length))
     answers = generate(session.model, prompts, session.tokenizer.stop_ids, sampling)
-    return [session.tokenizer.decode(answer.ids) for answer in answers]
+    said = _reads(session)
+    return [said(answer.ids) for answer in answers]
+
+
+def _reads(session: Session) -> Callable[[Sequence[int]], str]:
+    """What turns the ids of an answer into text."""
+    if session.dataset.summary["template"] is None:
+        return session.tokenizer.decode
+    return resolve_template(session.config.data.template, session.tokenizer).answer_text
