@@ -67,7 +67,10 @@ class IceText:
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{name}: is damaged, or no SentencePiece model; download it again") from error
         self._shift = num_image_tokens
-        self._vocab = {self._model.IdToPiece(i): i + self._shift for i in range(self._model.GetPieceSize())}
+        pieces = list(range(self._model.GetPieceSize()))
+        texts = self._model.IdToPiece(pieces)
+        self._texts = dict(enumerate(texts, num_image_tokens))
+        self._vocab = {text: i for i, text in self._texts.items()}
         missing = [token for token in _NEEDED if token not in self._vocab]
         if missing:
             raise ConfigError(
@@ -75,12 +78,8 @@ class IceText:
                 "bytes, and `num_image_tokens` in tokenizer_config.json as the model's own is"
             )
         self.blank = Blank(*(self._vocab[token] for token in _BLANK))
-        self._texts = {i: text for text, i in self._vocab.items()}
-        self._special = {
-            self._texts[i + self._shift]: i + self._shift
-            for i in range(self._model.GetPieceSize())
-            if self._model.IsControl(i) or self._model.IsUnknown(i)
-        }
+        flags = zip(pieces, self._model.IsControl(pieces), self._model.IsUnknown(pieces), strict=True)
+        self._special = {i + num_image_tokens: texts[i] for i, control, unknown in flags if control or unknown}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Ids:
         """Ids of a text; with special tokens as one without a context, which the model is to continue."""
@@ -101,13 +100,12 @@ class IceText:
 
         Normalization made `，：！` half-width; beside Chinese characters they are full-width again.
         """
-        special = set(self._special.values())
         texts: list[str] = []
         segment: list[int] = []
         for i in ids:
-            if i in special:
+            if i in self._special:
                 if not skip_special_tokens:
-                    texts += [self._decode(segment), self._texts[i]]
+                    texts += [self._decode(segment), self._special[i]]
                     segment = []
             elif i in self._texts:
                 segment.append(i - self._shift)
@@ -119,9 +117,7 @@ class IceText:
 
     def get_added_tokens_decoder(self) -> dict[int, tokenizers.AddedToken]:
         """The special tokens by id."""
-        return {
-            i: tokenizers.AddedToken(text, special=True, normalized=False) for text, i in self._special.items()
-        }
+        return {i: tokenizers.AddedToken(text, special=True, normalized=False) for i, text in self._special.items()}
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
         """The highest id plus one."""

@@ -226,8 +226,8 @@ class Template:
             return
         if all(piece.part != blank.sop for piece in pieces):
             raise DataError(
-                f"template {self.name}: writes no <sop> before the answer, without which ChatGLM-6B would see the answer "
-                "while it learns it; use data.template=chatglm"
+                f"template {self.name}: writes no <sop> before the answer, so ChatGLM-6B would see the answer while it "
+                "learns it; use data.template=chatglm"
             )
         if len(pieces) > 1 and pieces[-1].part == blank.sop:
             pieces[-1] = pieces[-1]._replace(learn=True)
