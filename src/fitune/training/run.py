@@ -155,7 +155,8 @@ def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
     config = _with_facts_of_this_machine(config, device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
-    longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
+    keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     if isinstance(longest, int) and config.data.max_length > longest:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but this model has {longest} positions; "
