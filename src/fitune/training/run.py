@@ -155,7 +155,8 @@ def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
     config = _with_facts_of_this_machine(config, device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
-    longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
+    keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     if isinstance(longest, int) and config.data.max_length > longest:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but this model has {longest} positions; "
@@ -265,6 +266,8 @@ def _introduce(session: Session) -> None:
         f"{summary['rejected_rows']:,} rejected, {summary['truncated_rows']:,} cut at {config.data.max_length:,} "
         f"tokens; {layout}"
     )
+    if summary["template_note"]:
+        session.display.note(summary["template_note"])
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"
