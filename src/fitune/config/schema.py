@@ -161,7 +161,7 @@ class TrainConfig(Section):
         description="What the backward pass computes again instead of keeping, from most memory to least: `none`, "
         "`elementwise` (norms and activations; the same as false), `attention` (the first half of the MLP besides), "
         "`full` (everything but each block's input; the same as true: about a third more time), `offload` (the same, "
-        "with those inputs in host memory).",
+        "with those inputs, and an untied embedding, in host memory).",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto`: cuda if there is one.")
     save_every_steps: Whole = Field(100, gt=0, le=MANY, description="Commit a checkpoint every so many steps.")
