@@ -17,6 +17,7 @@ from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec, read_arch
 from fitune.plan.memory import plan_memory
 from fitune.plan.params import count
+from fitune.plan.saves import level_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "tutorial"
@@ -76,13 +77,16 @@ def params_table(columns: Sequence[str]) -> list[str]:
 
 
 def memory_table(columns: Sequence[str]) -> list[str]:
-    """Planned peaks [GB] of full-length rows, without the CUDA context."""
+    """Planned peaks [GB] of full-length rows, without the CUDA context; the precision of the file itself in bold."""
     lines = [_row([*columns, *PRECISIONS]), _row(["---"] * (len(columns) + len(PRECISIONS)))]
     for name in names():
         config, _ = read(name)
-        level = str(config.train.activation_checkpointing).lower()
+        level = level_of(config.train.activation_checkpointing)
         step = f"{config.train.micro_batch_rows} x {config.data.max_length:,}, `{level}`"
-        lines.append(_row([_link(name), step, *(_peak(name, settings) for settings in PRECISIONS.values())]))
+        own = config.model.dtype or "bf16" if config.model.quantization == "none" else config.model.quantization
+        peaks = {precision: _peak(name, settings) for precision, settings in PRECISIONS.items()}
+        peaks[own] = f"**{peaks[own]}**"
+        lines.append(_row([_link(name), step, *peaks.values()]))
     return lines
 
 

@@ -7,7 +7,7 @@ import pytest
 from fitune import cli
 from fitune.config import DataConfig
 from fitune.data.doctor import examine, render_text, to_json
-from fitune.data.row_view import Geometry, table, view
+from fitune.data.row_view import table, view
 from fitune.data.rows import encode
 from fitune.data.sources import read
 from fitune.data.templates import resolve_template
@@ -39,18 +39,6 @@ def test_the_table_is_safe_and_aligned(first_row, toy):
     assert [line.count("*") for line in lines] == [int(flag) for flag in first_row.learn]
     assert head.split() == ["#", "id", "learnt", "position", "sees", "token"]
     assert all(character.isprintable() for line in lines for character in line)
-
-
-def test_two_rows_of_positions_and_a_prefix(first_row, toy):
-    """As GLM's first version has them."""
-    n = len(first_row.input_ids)
-    positions = {"position": [min(i, 4) for i in range(n)], "block": [max(0, i - 4) for i in range(n)]}
-    geometry = Geometry(positions, [max(5, i + 1) for i in range(n)])
-    shown = view(first_row, toy, geometry)
-    assert (shown.tokens[6].positions, shown.tokens[1].sees) == ({"position": 4, "block": 2}, 5)
-    _, head, *lines = table(shown)
-    assert head.split() == ["#", "id", "learnt", "position", "block", "sees", "token"]
-    assert lines[6].split()[:5] == ["6", str(shown.tokens[6].id), "4", "2", "7"]
 
 
 def test_the_doctor_shows_as_many_as_were_asked_for(write, toy):
