@@ -1,7 +1,8 @@
 """Write the generated pages of docs/: run by `make docs`; the suite checks that they are current.
 
 docs/errors.md runs every case of tests/errors/cases.py through the command line and keeps what it printed;
-docs/memory.md has a table of planned bytes.
+docs/memory.md has a table of planned bytes; docs/tutorial.md and its translation have two, made by tutorial_tables.py;
+docs/images/ is drawn by make_pictures.py.
 """
 
 from __future__ import annotations
@@ -109,11 +110,17 @@ def memory_page(text: str) -> str:
 
 def main() -> None:
     """Write every generated page."""
+    import make_pictures
     from fitune.config.reference import as_markdown
+    from tutorial_tables import WORDS, tutorial_page
 
     (DOCS / "configuration.md").write_text(as_markdown(), encoding="utf-8")
     page = DOCS / "memory.md"
     page.write_text(memory_page(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in WORDS:
+        page = DOCS / name
+        page.write_text(tutorial_page(name, page.read_text(encoding="utf-8")), encoding="utf-8")
+    make_pictures.main()
     with tempfile.TemporaryDirectory() as folder:
         (DOCS / "errors.md").write_text(errors_page(Path(folder)), encoding="utf-8")
 

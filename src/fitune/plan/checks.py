@@ -62,7 +62,7 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
     if not isinstance(method, LoraConfig):
         return f"method.name={method.name}; the engine trains LoRA adapters and biases"
     if method.modules_to_save:
-        return "method.modules_to_save; the engine trains LoRA adapters"
+        return "method.modules_to_save; the engine trains LoRA adapters and biases"
     return "DoRA" if method.dora else None
 
 
