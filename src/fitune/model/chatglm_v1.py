@@ -168,6 +168,7 @@ class ChatGLMModel(_PreTrained):
 class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ignore[misc]
     """The model with its head; config.json records its name, which is the original's."""
 
+    reads_token_ids = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:
