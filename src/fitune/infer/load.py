@@ -21,11 +21,12 @@ from fitune.config import load as load_config
 from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import CheckpointError, ConfigError
+from fitune.errors import ConfigError
 from fitune.infer.generate import generate, stream
 from fitune.infer.sampling import Sampling
 from fitune.methods import METHODS, Method
-from fitune.methods.base import CONFIG, FACTS
+from fitune.methods.base import CONFIG
+from fitune.model.adapter import check_base
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
 from fitune.model.quantize import QUANTIZATIONS
@@ -203,9 +204,8 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
     base = load_base(folder, wanted, where, quantization or config.model.quantization)
     model = base.model
     if method.folder != "model":
-        check_base(result, base)
-        model = method.apply(base, config.method)
-        method.load(model, result)
+        check_base(result, base.folder, base.fingerprint, must_say=True)
+        model = method.open(base, result)
         model.requires_grad_(False)
         model.eval()
     return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
@@ -229,17 +229,3 @@ def _is_adapter(folder: Path) -> ConfigError:
         f"{folder} is an adapter ({CONFIG}, no config.json), which is no model without its base; {advice}. In Python, "
         "peft.AutoPeftModelForCausalLM opens a LoRA adapter"
     )
-
-
-def check_base(adapter: Path, base: Base) -> None:
-    """Refuse an adapter that was trained on other base weights."""
-    file = adapter / FACTS
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); is this an adapter made by fitune?") from error
-    if recorded != base.fingerprint:
-        raise CheckpointError(
-            f"{adapter} was trained on other weights than those in {base.folder} (fingerprints differ). Use the base "
-            "model it was trained on"
-        )

@@ -24,6 +24,7 @@ from torch import nn
 from fitune.errors import ConfigError
 from fitune.model.chatglm import glm_weights
 from fitune.model.folder import ModelFolder, inspect_folder
+from fitune.model.host_embedding import HostEmbedding
 from fitune.model.quantize import QuantLinear, quantize_blocks
 from fitune.plan.arch import read_arch
 
@@ -236,8 +237,9 @@ def fingerprint(folder: Path, weight_files: tuple[str, ...]) -> str:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters, tied weights once; a quantized weight counts what it stands for."""
     parameters = list(model.parameters())
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + quantized
+    apart = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    apart += sum(m.weight.numel() for m in model.modules() if isinstance(m, HostEmbedding))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + apart
 
 
 def _raise_if_out_of_memory(error: Exception) -> None:
