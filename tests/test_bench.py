@@ -95,7 +95,7 @@ def test_measured_peaks_on_another_gpu_are_those_of_the_plan():
     for row in ours:
         planned = plan.planned(row, row.get("gpu"))
         assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.006), row
-        assert planned.host_bytes == pytest.approx(row["pinned_bytes"], rel=0.002, abs=4096)
+        assert planned.host_bytes == pytest.approx(row["pinned_bytes"], rel=0.005)
 
 
 def test_the_plan_page_is_written_from_the_command_line(tmp_path, capsys):
