@@ -44,6 +44,12 @@ def tiny_qwen(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory) -> Path:
+    """Folder of a tiny BLOOM model: biases, LayerNorm, ALiBi, tied embeddings."""
+    return make_model(tmp_path_factory.mktemp("tiny") / "bloom", "bloom")
+
+
+@pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
     """24 good alpaca rows."""
     return make_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")

@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a finished run as a model folder")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("--to", required=True, metavar="DIR", help="new folder")
-    form = "merged model, or PEFT adapter (lora) or fitune's bias file (bitfit); default: merged"
+    form = "merged model, or adapter: PEFT's files, or fitune's own for bitfit and freeze; default: merged"
     export.add_argument("--form", choices=("merged", "adapter"), default="merged", help=form)
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
     export.set_defaults(command=_export)
@@ -231,12 +231,14 @@ def _plan(options: argparse.Namespace) -> int:
 def _planned(options: argparse.Namespace) -> tuple[RunConfig, ArchSpec, Path]:
     """Configuration, architecture and model folder; no weights are looked for, and none downloaded."""
     from fitune.config import load
+    from fitune.model.adapter import with_adapter
     from fitune.model.folder import read_config, resolve_folder
     from fitune.plan.arch import read_arch
 
     config = load(options.config, options.overrides)
     folder = resolve_folder(config.model.path, weights=False)
-    return config, read_arch(read_config(folder)), folder
+    arch = read_arch(read_config(folder))
+    return with_adapter(config, arch), arch, folder
 
 
 def _data(options: argparse.Namespace) -> int:

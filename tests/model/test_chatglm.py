@@ -149,8 +149,7 @@ def test_no_code_runs_and_nothing_is_asked(tmp_path, monkeypatch):
         ({"rope_ratio": "50"}, "`rope_ratio` is '50'; a positive number"),
         ({"seq_length": "long"}, "`seq_length` is 'long'"),
         ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no'"),
-        ({"inner_hidden_size": 64, "vocab_size": 352}, "the first version, is not supported yet"),
-        ({"position_encoding_2d": True}, "the first version, is not supported yet"),
+        ({"position_encoding_2d": True}, "`inner_hidden_size` is missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

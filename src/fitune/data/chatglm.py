@@ -15,7 +15,7 @@ from typing import Any
 from fitune.data.layouts import LAYOUTS, write_first
 from fitune.data.sentencepiece_model import read_model, tokenizer_json
 from fitune.errors import ConfigError
-from fitune.plan.chatglm import glm_config, is_version_1
+from fitune.plan.chatglm import glm_config
 
 # In the order of their ids. The original calls two of them sop and eop; as tokens of those names they would cut
 # "people" and "sophisticated" in pieces.
@@ -31,7 +31,9 @@ TEMPLATE_NOTE = (
 
 
 def layout_of(special_tokens: Mapping[str, int]) -> str | None:
-    """The layout of a model whose tokenizer has the special tokens of ChatGLM2 or 3, whoever made its folder."""
+    """The layout of a model whose tokenizer has the special tokens of ChatGLM, whoever made its folder."""
+    if "<dBLOCK>" in special_tokens:  # the first version alone
+        return "chatglm"
     if special_tokens.get("[gMASK]") != 64790:
         return None
     return "chatglm3" if "<|user|>" in special_tokens else "chatglm2"
@@ -53,10 +55,8 @@ def converted_files(
         model_file: tokenizer.model.
 
     Raises:
-        ConfigError: version 1, no or another tokenizer.model, or neither version 2 nor 3 by any sign.
+        ConfigError: no or another tokenizer.model, or neither version 2 nor 3 by any sign.
     """
-    if is_version_1(config):
-        raise ConfigError(f"{folder}: ChatGLM-6B, the first version, is not supported yet; use ChatGLM2 or ChatGLM3")
     if model_file is None:
         raise ConfigError(f"{folder}: has no tokenizer.model, with which ChatGLM is published; download it again")
     model = read_model(model_file, str(folder / "tokenizer.model"))

@@ -187,7 +187,7 @@ class _Measure:
         if len(self.examples) < NUM_EXAMPLES and not self.render:
             self.examples.append((example.source, mark(row, self.tokenizer)))
         if example.messages is None:
-            num_windows = len(windows(row, self.max_length))
+            num_windows = len(windows(row, self.max_length, self.tokenizer.opening_ids))
             self._cuts["split"] += num_windows > 1
             self._cuts["windows"] += num_windows if num_windows > 1 else 0
         else:

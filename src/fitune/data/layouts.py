@@ -152,6 +152,28 @@ _CHATGLM2 = r"""
 {%- endfor -%}
 """
 
+# ChatGLM-6B, the first version. One question stands as it is, several are rounds from 0 on; then the blank, its answer.
+_CHATGLM = r"""
+{%- set asked = messages | selectattr('role', 'equalto', 'user') | list | length -%}
+{%- set count = namespace(rounds=0) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' and asked == 1 -%}
+    {{- message['content'] -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- '[Round ' ~ count.rounds ~ ']\n问：' + message['content'] + '\n答：' -}}
+    {%- set count.rounds = count.rounds + 1 -%}
+  {%- elif message['role'] == 'assistant' and loop.last and not add_generation_prompt -%}
+    {{- '[gMASK]' + bos_token -}}
+    {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- message['content'] + '\n' -}}
+  {%- else -%}
+    {{- raise_exception('ChatGLM-6B has no ' + message['role'] + ' turns; write them into the user turn') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '[gMASK]' + bos_token -}}{%- endif -%}
+"""
+
 LAYOUTS = {
     "tutorial": Layout(_TUTORIAL),
     "alpaca": Layout(_ALPACA),
@@ -159,6 +181,9 @@ LAYOUTS = {
     "llama3": Layout(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), writes_bos=True),
     "chatglm3": Layout(
         _CHATGLM3, ("[gMASK]", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"), first="[gMASK]"
+    ),
+    "chatglm": Layout(
+        _CHATGLM, ("[gMASK]", "<eop>", "<dBLOCK>"), first="[gMASK]", writes_bos=True, last_answer_only=True
     ),
     "chatglm2": Layout(_CHATGLM2, ("[gMASK]",), first="[gMASK]", last_answer_only=True),
 }

@@ -119,7 +119,7 @@ def _part(files: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer) -> _Pa
         if isinstance(row, BadRow):
             part.bad.append(row)
         elif example.messages is None:
-            group = windows(row, data.max_length)
+            group = windows(row, data.max_length, tokenizer.opening_ids)
             part.num_split += len(group) > 1
             part.groups.append(group)
         else:

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from fitune.data.rows import Row
 from fitune.data.tokenizer import Tokenizer
+from fitune.plan.chatglm import Blank
+
+PICTURE = 32  # lines of a picture, or a few more
 
 
 class Geometry(NamedTuple):
@@ -26,6 +29,35 @@ class Geometry(NamedTuple):
 def causal(ids: Sequence[int]) -> Geometry:
     """Positions from 0 on; each token sees those before it and itself."""
     return Geometry({"position": list(range(len(ids)))}, list(range(1, len(ids) + 1)))
+
+
+def prefix_lm(ids: Sequence[int], blank: Blank) -> Geometry:
+    """ChatGLM-6B: the tokens before sop see each other, and each has a place in the context and one in the answer.
+
+    The same as `model.prefix_lm`, which computes it for batches.
+    """
+
+    def first(token: int, otherwise: int) -> int:
+        return ids.index(token) if token in ids else otherwise
+
+    start = first(blank.sop, len(ids))
+    place = first(blank.gmask, first(blank.mask, max(start - 1, 0)))
+    answer = range(1, len(ids) - start + 1)
+    rows = {"context": [*range(start), *(place for _ in answer)], "answer": [*(0 for _ in range(start)), *answer]}
+    return Geometry(rows, [max(start, i) for i in range(1, len(ids) + 1)])
+
+
+def geometry(ids: Sequence[int], tokenizer: Tokenizer) -> Geometry:
+    """That of the model whose tokenizer it is."""
+    return causal(ids) if tokenizer.blank is None else prefix_lm(ids, tokenizer.blank)
+
+
+def picture(sees: Sequence[int]) -> Iterator[str]:
+    """A mask, one line per query and one character per key (or several of them, in a long row)."""
+    step = -(-len(sees) // PICTURE)
+    for number in sees[step - 1 :: step]:
+        seen = number // step
+        yield "      " + "█" * seen + "·" * (len(sees) // step - seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +80,10 @@ class RowView:
     tokens: tuple[TokenView, ...]
 
 
-def view(row: Row, tokenizer: Tokenizer, geometry: Geometry | None = None) -> RowView:
-    """Spell out a row.
-
-    Args:
-        geometry: of this row's ids; None: causal.
-    """
+def view(row: Row, tokenizer: Tokenizer) -> RowView:
+    """Spell out a row."""
     ids = row.input_ids.tolist()
-    positions, sees = geometry or causal(ids)
+    positions, sees = geometry(ids, tokenizer)
     tokens = (
         TokenView(
             token, tokenizer.spell(token), row.learn[i] == 1, {name: at[i] for name, at in positions.items()}, sees[i]
@@ -74,6 +102,10 @@ def table(row: RowView) -> Iterator[str]:
         places = (f"{at:>{len(name)}}" for name, at in token.positions.items())
         mark = "*" if token.learnt else ""
         yield "  ".join([f"{i:>5}", f"{token.id:>8}", f"{mark:^6}", *places, f"{token.sees:>5}", _visible(token.token)])
+    sees = [token.sees for token in row.tokens]
+    if sees != list(range(1, len(sees) + 1)):
+        yield "who (lines) sees whom (columns):"
+        yield from picture(sees)
 
 
 def _visible(text: str) -> str:

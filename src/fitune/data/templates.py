@@ -110,7 +110,10 @@ class Template:
         """
         ends = [i for i, token in enumerate(ids) if token == self._tokenizer.next_id]
         turns = [self._tokenizer.decode(ids[start + 1 : end]) for start, end in pairwise([-1, *ends, len(ids)])]
-        return "\n".join(_without_lead(turn, self._lead) for turn in turns)
+        text = "\n".join(_without_lead(turn, self._lead) for turn in turns)
+        if layout_of(self._tokenizer.special_tokens):  # as ChatGLM's own code
+            text = text.strip().replace("[[训练时间]]", "2023年")
+        return text
 
     @cached_property
     def _lead(self) -> str:
@@ -202,6 +205,7 @@ class Template:
             starts.append(len(prompt))
         head = full[: starts[0]] if starts else full
         pieces = [_Piece(part, False, i == 0) for i, part in enumerate(self._tokenizer.split(head))]
+        self._check_blank(pieces)
         for number, start in enumerate(starts):
             last = number == len(starts) - 1
             text = full[start:] if last else full[start : starts[number + 1]]
@@ -211,6 +215,22 @@ class Template:
                 parts, end = self._bounded(turns[: answers[number] + 1], full, (start, start + len(text)), last)
             pieces += [_Piece(part, i <= end, False) for i, part in enumerate(parts)]
         return _restore(pieces, hidden)
+
+    def _check_blank(self, pieces: list[_Piece]) -> None:
+        """ChatGLM-6B: what stands before sop is seen as a whole. Where sop ends the prompt, the blank's token gives it.
+
+        So it is learnt, as in the published recipe, and what was trained is asked for with sop in the prompt.
+        """
+        blank = self._tokenizer.blank
+        if blank is None:
+            return
+        if all(piece.part != blank.sop for piece in pieces):
+            raise DataError(
+                f"template {self.name}: writes no <sop> before the answer, so ChatGLM-6B would see the answer while it "
+                "learns it; use data.template=chatglm"
+            )
+        if len(pieces) > 1 and pieces[-1].part == blank.sop:
+            pieces[-1] = pieces[-1]._replace(learn=True)
 
     def _first_special(self, parts: Sequence[str | int]) -> int | None:
         return next((i for i, part in enumerate(parts) if isinstance(part, int)), None)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tokenizers
 
+from fitune.data.ice_text import UNSETTLED, IceText
 from fitune.data.tokenizer_files import TokenizerFiles
 
 # Tokens with which models end a turn or a text; those that exist as special tokens stop generation.
@@ -47,6 +48,9 @@ class Tokenizer:
         special_tokens: text -> id of every special token.
         named_tokens: bos_token, eos_token, ... -> text, as chat templates get them.
         prefix_ids: what the tokenizer itself puts before every text, such as Llama's bos.
+        blank: the ids that mark a blank to fill in, for ChatGLM-6B, whose rows all need one; else None.
+        opening_ids: what stands before every piece of a text that is cut in rows.
+        unsettled: endings of a decoded text that may change once more ids follow.
         chat_template: the model's own, or None.
         note: what of the folder is not used, for people, or None.
         hash: sha256 over the files read.
@@ -72,6 +76,9 @@ class Tokenizer:
         self.stop_ids = self._find_stop_ids(files)
         self.next_id = self.special_tokens.get(GLM_NEXT_TOKEN) if "[gMASK]" in self.special_tokens else None
         self.prefix_ids = self._find_prefix(files)
+        self.blank = self._backend.blank if isinstance(self._backend, IceText) else None
+        self.opening_ids = self.prefix_ids if self.blank else ()
+        self.unsettled = ("\ufffd", *UNSETTLED) if self.blank else ("\ufffd",)
         self._special = _split_pattern(token for token in decoder.values() if token.special)
 
     @classmethod
@@ -164,7 +171,8 @@ class Tokenizer:
 
     def _find_stop_ids(self, files: TokenizerFiles) -> tuple[int, ...]:
         known = [self.eos_id, *_ids(files.json("generation_config.json").get("eos_token_id"))]
-        known += [self.special_tokens.get(text) for text in END_TOKENS]
+        if self.named_tokens.get("eos_token") != "<eop>":  # ChatGLM-6B: </s> is for texts, answers end with <eop>
+            known += [self.special_tokens.get(text) for text in END_TOKENS]
         if "[gMASK]" in self.special_tokens:
             known += [self.special_tokens.get(text) for text in GLM_END_TOKENS]
         return tuple(dict.fromkeys(i for i in known if i is not None))
@@ -198,9 +206,9 @@ def _split_pattern(tokens: Iterable[tokenizers.AddedToken]) -> re.Pattern[str] |
     return re.compile(f"{before}({every}){after}")
 
 
-def _without_first_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _without_first_space(backend: tokenizers.Tokenizer | IceText) -> tokenizers.Tokenizer | IceText:
     """The tokenizer for text that does not begin a sequence; the same object unless its pre-tokenizer cares."""
-    if "prepend_scheme=first" not in str(backend.pre_tokenizer):
+    if isinstance(backend, IceText) or "prepend_scheme=first" not in str(backend.pre_tokenizer):
         return backend
     description = json.loads(backend.to_str())
     outer = description["pre_tokenizer"]

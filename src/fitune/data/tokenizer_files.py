@@ -16,15 +16,16 @@ from pathlib import Path
 
 import tokenizers
 
-from fitune.data import chatglm
+from fitune.data import chatglm, ice_text
 from fitune.data.sentencepiece_model import read_model, tokenizer_json
 from fitune.errors import ConfigError, MissingDependencyError
-from fitune.plan.chatglm import is_original
+from fitune.plan.chatglm import Blank, is_original, is_version_1
 
 MODEL_FILES = ("generation_config.json", "config.json")
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    ice_text.FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -40,7 +41,7 @@ class TokenizerFiles:
     """What a folder says about its tokenizer, nothing interpreted yet.
 
     Attributes:
-        contents: file name -> bytes; of an original ChatGLM folder those that it is converted to.
+        contents: file name -> bytes; of an original ChatGLM2 or 3 folder those that it is converted to.
         note: what of the folder is not used, for people.
     """
 
@@ -62,9 +63,10 @@ class TokenizerFiles:
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
         found = cls(folder, contents)
-        if is_original(found.json("config.json")):
+        config = found.json("config.json")
+        if is_original(config) and not is_version_1(config):
             return found._converted()
-        if "tokenizer.json" not in contents and "tokenizer.model" not in contents:
+        if not contents.keys() & {"tokenizer.json", "tokenizer.model", ice_text.FILE}:
             raise ConfigError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model)")
         return found
 
@@ -128,8 +130,10 @@ class TokenizerFiles:
             value = named.get("default")
         return value if isinstance(value, str) and value else None
 
-    def backend(self) -> tokenizers.Tokenizer:
+    def backend(self) -> tokenizers.Tokenizer | ice_text.IceText:
         """The tokenizer itself, with the tokens that tokenizer_config.json adds; no padding, no truncation."""
+        if ice_text.FILE in self.contents:
+            return self._ice_text()
         if "tokenizer.json" in self.contents:
             backend = _parse(self.contents["tokenizer.json"], self.folder / "tokenizer.json")
         else:
@@ -137,6 +141,20 @@ class TokenizerFiles:
         backend.no_truncation()
         backend.no_padding()
         self._add_tokens(backend)
+        return backend
+
+    def _ice_text(self) -> ice_text.IceText:
+        images = self.json("tokenizer_config.json").get("num_image_tokens", 0)
+        if type(images) is not int or not 0 <= images <= 1_000_000:
+            raise ConfigError(f"{self.folder / 'tokenizer_config.json'}: num_image_tokens is {images!r:.60}")
+        backend = ice_text.IceText(self.contents[ice_text.FILE], images, str(self.folder / ice_text.FILE))
+        config = self.json("config.json")
+        if config and Blank.of(config) != backend.blank:
+            raise ConfigError(
+                f"{self.folder}: the tokenizer marks a blank by {tuple(backend.blank)}, config.json by "
+                f"{tuple(Blank.of(config))}; they do not belong together (num_image_tokens in tokenizer_config.json is "
+                f"{images})"
+            )
         return backend
 
     def _from_sentencepiece(self) -> bytes:

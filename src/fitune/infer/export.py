@@ -15,10 +15,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fitune.config import load as load_config
 from fitune.data.templates import Template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.load import Loaded, load
+from fitune.methods import METHODS
 from fitune.methods.base import CONFIG, write_json
 
 FORMS = ("merged", "adapter")
@@ -29,7 +31,8 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
 
     Args:
         target: must not exist, or be an empty folder.
-        form: "merged" (the adapter folded into the base) or "adapter" (PEFT's files for LoRA, ours for BitFit).
+        form: "merged" (the adapter folded into the base; not for virtual tokens, which no weights hold) or "adapter"
+            (PEFT's files; fitune's own for bitfit and freeze).
         dtype: of the merged weights; None: as trained.
 
     Raises:
@@ -42,12 +45,11 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
         raise ConfigError(f"dtype is {dtype!r}, but an adapter is exported as it was trained; leave dtype out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--to {target}: exists and is not an empty folder; give a new one")
+    _check_form(run, form)
     # Merging is into the weights as they were before they were quantized.
     loaded = load(run, dtype=dtype, device="cpu", quantization="none")
     if loaded.method is None:
         raise ConfigError(f"{run} is not a run folder; `fitune export` needs one, made by `fitune train`")
-    if form == "adapter" and loaded.method.folder != "adapter":
-        raise ConfigError(f"method {loaded.method.name} has no adapter; export it merged")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.tmp-") as temporary:
@@ -66,12 +68,27 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
     return target
 
 
+def _check_form(run: Path, form: str) -> None:
+    """Refuse a form that the run's method does not have, before anything loads."""
+    if not (run / "config.yaml").is_file():
+        return  # loading it says what is wrong
+    method = METHODS[load_config(run / "config.yaml").method.name]
+    if form == "merged" and method.merge is None:
+        raise ConfigError(
+            f"{run} was trained with method.name={method.name}: its virtual tokens stand in front of every row, and no "
+            "weights of the model could hold them. Export it with --form adapter (form='adapter')"
+        )
+    if form == "adapter" and method.folder != "adapter":
+        raise ConfigError(f"method {method.name} has no adapter; export it merged")
+
+
 def _write(loaded: Loaded, run: Path, folder: Path, form: str) -> None:
     assert loaded.method is not None
     if form == "adapter":
         shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
         _name_base(loaded, folder / CONFIG)
     else:
+        assert loaded.method.merge is not None, "checked"
         model = loaded.method.merge(loaded.model)
         model.generation_config = stop_settings(loaded.tokenizer)
         model.config.use_cache = True  # type: ignore[union-attr]  # a transformers model

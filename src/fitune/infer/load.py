@@ -21,11 +21,12 @@ from fitune.config import load as load_config
 from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import CheckpointError, ConfigError
+from fitune.errors import ConfigError
 from fitune.infer.generate import generate, stream
 from fitune.infer.sampling import Sampling
 from fitune.methods import METHODS, Method
-from fitune.methods.base import CONFIG, FACTS
+from fitune.methods.base import CONFIG
+from fitune.model.adapter import check_base
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
 from fitune.model.quantize import QUANTIZATIONS
@@ -85,7 +86,8 @@ class Loaded:
         """Yield the answer in pieces as it is written; closing the iterator ends the generation."""
         settings = Sampling.of(sampling)
         ids = self.prompt_ids(prompt, raw=raw)
-        return _pieces(stream(self.model, ids, self.tokenizer.stop_ids, settings), self._reads(raw))
+        tokens = stream(self.model, ids, self.tokenizer.stop_ids, settings)
+        return _pieces(tokens, self._reads(raw), self.tokenizer.unsettled)
 
     def _reads(self, raw: bool | None) -> Callable[[Sequence[int]], str]:
         """What turns generated ids into text: a raw text has no layout around it."""
@@ -112,8 +114,10 @@ class Loaded:
         return ids
 
 
-def _pieces(tokens: Generator[int, None, None], said: Callable[[Sequence[int]], str]) -> Generator[str, None, None]:
-    """Text as its tokens come in."""
+def _pieces(
+    tokens: Generator[int, None, None], said: Callable[[Sequence[int]], str], unsettled: tuple[str, ...]
+) -> Generator[str, None, None]:
+    """Text as its tokens come in, but not its end while that may change: see `Tokenizer.unsettled`."""
     ids: list[int] = []
     text = shown = ""
     with contextlib.closing(tokens):
@@ -122,7 +126,7 @@ def _pieces(tokens: Generator[int, None, None], said: Callable[[Sequence[int]], 
             # All of it: what a token means may depend on those before it (a space in front, bytes of a character).
             text = said(ids)
             # A character of several byte tokens decodes to U+FFFD until its last byte is there.
-            if len(text) > len(shown) and not text.endswith("\ufffd"):
+            if len(text) > len(shown) and not text.endswith(unsettled):
                 yield text[len(shown) :]
                 shown = text
     if len(text) > len(shown):
@@ -200,9 +204,8 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
     base = load_base(folder, wanted, where, quantization or config.model.quantization)
     model = base.model
     if method.folder != "model":
-        check_base(result, base)
-        model = method.apply(base, config.method)
-        method.load(model, result)
+        check_base(result, base.folder, base.fingerprint, must_say=True)
+        model = method.open(base, result)
         model.requires_grad_(False)
         model.eval()
     return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
@@ -226,17 +229,3 @@ def _is_adapter(folder: Path) -> ConfigError:
         f"{folder} is an adapter ({CONFIG}, no config.json), which is no model without its base; {advice}. In Python, "
         "peft.AutoPeftModelForCausalLM opens a LoRA adapter"
     )
-
-
-def check_base(adapter: Path, base: Base) -> None:
-    """Refuse an adapter that was trained on other base weights."""
-    file = adapter / FACTS
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); is this an adapter made by fitune?") from error
-    if recorded != base.fingerprint:
-        raise CheckpointError(
-            f"{adapter} was trained on other weights than those in {base.folder} (fingerprints differ). Use the base "
-            "model it was trained on"
-        )

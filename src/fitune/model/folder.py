@@ -26,11 +26,11 @@ class ModelFolder:
     """Facts of one model folder.
 
     Attributes:
-        config: config.json; of an original ChatGLM folder that of the GLM model it is read as.
-        model_type: its `model_type`.
+        config: config.json; of an original ChatGLM2 or 3 folder that of the GLM model it is read as.
+        model_type: its `model_type`; `chatglm` is ChatGLM-6B, the first version.
         weight_files: names inside the folder, all of one format.
         weights_format: "safetensors" or "bin".
-        original: config.json of an original ChatGLM folder, whose weights have names of their own; else None.
+        original: config.json of an original ChatGLM2 or 3 folder, whose weights have other names; else None.
     """
 
     config: dict[str, Any]
@@ -103,9 +103,11 @@ def inspect_folder(folder: Path) -> ModelFolder:
         ConfigError: missing or damaged files, remote code, unknown quantization, absurd sizes.
     """
     config = read_config(folder)
-    original = config if is_original(config) else None
-    if original is not None:
-        config = _as_glm(folder, original)
+    original = None
+    if is_original(config):  # the folder's own code, which its `auto_map` names, is not needed: fitune knows these
+        read_arch(config)  # checks the sizes
+        if not is_version_1(config):
+            config, original = glm_config(config), config
     elif "auto_map" in config:
         raise ConfigError(
             f"{folder}: config.json wants code from the model repository (auto_map), which fitune never runs. Use a "
@@ -116,14 +118,6 @@ def inspect_folder(folder: Path) -> ModelFolder:
         if files:
             return ModelFolder(config, config["model_type"], files, weights_format, original)
     raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
-
-
-def _as_glm(folder: Path, original: dict[str, Any]) -> dict[str, Any]:
-    """The folder's own code, which its `auto_map` names, is not needed: fitune knows this model."""
-    if is_version_1(original):
-        raise ConfigError(f"{folder}: ChatGLM-6B, the first version, is not supported yet; use ChatGLM2 or ChatGLM3")
-    read_arch(original)  # checks the sizes
-    return glm_config(original)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import nn
 from fitune.errors import ConfigError
 from fitune.model.chatglm import glm_weights
 from fitune.model.folder import ModelFolder, inspect_folder
+from fitune.model.host_embedding import HostEmbedding
 from fitune.model.quantize import QuantLinear, quantize_blocks
 from fitune.plan.arch import read_arch
 
@@ -127,20 +128,30 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
 
 
 def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
-    """Configuration and class of the model in transformers."""
+    """Configuration and class of the model: transformers' own, or ours where we have one."""
     import transformers
 
-    if raw.original is not None:  # no Auto* class: on such a folder it asks whether to run the code in it
+    # No Auto* class on an original ChatGLM folder: it would ask whether to run the code in it.
+    if raw.original is not None:
         settings = {key: value for key, value in raw.config.items() if key != "model_type"}
         return transformers.GlmConfig(**settings), transformers.GlmForCausalLM
+    if raw.model_type == "chatglm":
+        from fitune.model.chatglm_v1 import ChatGLMForConditionalGeneration, read_config
+
+        return read_config(raw.config), ChatGLMForConditionalGeneration
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"{folder}: model_type {raw.model_type!r} is not a causal language model that transformers "
             f"{transformers.__version__} knows; check config.json or update transformers"
         ) from error
+    if raw.model_type == "bloom":
+        from fitune.model.bloom import BloomForCausalLM
+
+        return config, BloomForCausalLM
+    return config, model_class
 
 
 def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
@@ -226,8 +237,9 @@ def fingerprint(folder: Path, weight_files: tuple[str, ...]) -> str:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters, tied weights once; a quantized weight counts what it stands for."""
     parameters = list(model.parameters())
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + quantized
+    apart = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+    apart += sum(m.weight.numel() for m in model.modules() if isinstance(m, HostEmbedding))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + apart
 
 
 def _raise_if_out_of_memory(error: Exception) -> None:

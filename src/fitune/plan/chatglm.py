@@ -8,7 +8,7 @@ would ask on standard input whether to run it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fitune.errors import ConfigError
 
@@ -22,6 +22,22 @@ _NEEDED = {
     "hidden_dropout": (0, 0),
     "attention_dropout": (0, 0),
 }
+
+# Where config.json of ChatGLM-6B names its `Blank`; older revisions have 20,000 ids more in front.
+BLANK_IDS = {"bos_token_id": 130004, "gmask_token_id": 130001, "mask_token_id": 130000}
+
+
+class Blank(NamedTuple):
+    """The ids with which ChatGLM-6B marks a blank: `gmask` (else `mask`) stands where it is, `sop` begins its text."""
+
+    sop: int
+    gmask: int
+    mask: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Blank:
+        """Those of a config.json that `check_version_1` let pass."""
+        return cls(*(config.get(key, default) for key, default in BLANK_IDS.items()))
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -43,6 +59,31 @@ def check_plain(config: Mapping[str, Any]) -> None:
     for key in ("quantization_bit", "pre_seq_len"):
         if config.get(key):
             raise ConfigError(f"config.json: `{key}` is {config[key]!r:.60}; give the plain 16-bit model without it")
+
+
+def check_version_1(config: Mapping[str, Any]) -> None:
+    """Refuse what is no ChatGLM-6B, as far as sizes do not show it.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    check_plain(config)
+    if config.get("position_encoding_2d", True) is not True:
+        raise ConfigError("config.json: `position_encoding_2d` is not true; only ChatGLM-6B models with it are known")
+    _number(config, "layernorm_epsilon", 1e-5)
+    width, heads = _whole(config, "hidden_size", 4096), _whole(config, "num_attention_heads", 32)
+    if width % (4 * heads):
+        raise ConfigError(
+            f"config.json: hidden_size {width} makes no {heads} heads of a width divisible by 4, which two rotated "
+            "halves need"
+        )
+    vocabulary = _whole(config, "vocab_size", 130528)
+    ids = [config.get(key, default) for key, default in BLANK_IDS.items()]
+    if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or len(set(ids)) < len(ids):
+        raise ConfigError(
+            f"config.json: {', '.join(BLANK_IDS)} are {ids!r:.60}; different ids below vocab_size ({vocabulary}) are "
+            "needed"
+        )
 
 
 def glm_config(config: Mapping[str, Any]) -> dict[str, Any]:
