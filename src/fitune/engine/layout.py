@@ -48,7 +48,8 @@ def flatten(batch: Batch, blank: Blank | None = None) -> tuple[Rows, int]:
     if blank is not None:
         places = find_places(ids[None], blank, None, positions[None])
         rows["positions"], rows["positions2"] = places.rows_B2S[0]
-        prefixes = torch.stack([part.sum() for part in places.context_BS[0].split(lengths.tolist())])
+        document = torch.arange(len(starts)).repeat_interleave(lengths)
+        prefixes = torch.bincount(document[places.context_BS[0]], minlength=len(starts))
         rows["until"] = (starts + prefixes).repeat_interleave(lengths)
     return rows, tokens
 

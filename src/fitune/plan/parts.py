@@ -299,9 +299,10 @@ def _check_copies(job: Job) -> Part:
     trained = rank * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
     tokens, arch = _checked(job), job.arch
     size = 4 * trained + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
-    size += 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
+    bias = 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
     formula = f"{trained:,} of B x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
-    return Part("self-check: copies", size, formula, ("self-check",))
+    formula += f"; {arch.heads} x {tokens}² x {job.dtype_bytes} B" if bias else ""
+    return Part("self-check: copies", size + bias, formula, ("self-check",))
 
 
 def _check_plain(job: Job) -> Part:
@@ -328,10 +329,12 @@ def _check_block(job: Job) -> int:
     """One block on the plain path, at its largest in the backward of the MLP or at its end.
 
     Both times two sets of gradients of the block before are there, one of each path. In the MLP: what autograd keeps of
-    the block, four matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
+    the block, some matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
     """
     tokens, method = _checked(job), job.method
+    wide = {"bloom": 6, "chatglm": 2}.get(job.arch.family, 3)  # BLOOM's gelu is spelled out in PyTorch
     if isinstance(method, LoraConfig):
+        wide = 4  # an adapter hands its input's gradient back in fp32
         trained = max(
             sum(method.r * (linear.ins + linear.outs) for linear, blocks in job.adapted if number in blocks)
             for number in range(job.arch.layers)
@@ -339,7 +342,7 @@ def _check_block(job: Job) -> int:
     else:
         trained = sum(tensors.elements for tensors in job.trained if tensors.copies == job.arch.layers)
     expanded = 0 if job.quantization == "none" else 1 if job.quantization == "fp8" else job.dtype_bytes
-    inside = tokens * (plain_bytes_per_token(job) + 4 * job.shape.intermediate * job.dtype_bytes)
+    inside = tokens * (plain_bytes_per_token(job) + wide * job.shape.intermediate * job.dtype_bytes)
     return 8 * trained + max(8 * trained, inside + _largest_layer(job) * expanded)
 
 

@@ -126,7 +126,7 @@ def _block_differences(
         x = call.x_TH.requires_grad_()
         gradient = torch.randn(x.shape, generator=generator).to(x)
         out = call.repeat(layer)
-        out.backward(gradient)
+        out.backward(gradient)  # type: ignore[no-untyped-call]
         expected = _taken(layer)
         fast_out, fast_gradient = engine.run_block(number, batch, x.detach(), gradient)
         found = _taken(layer)
