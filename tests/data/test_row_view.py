@@ -7,7 +7,7 @@ import pytest
 from fitune import cli
 from fitune.config import DataConfig
 from fitune.data.doctor import examine, render_text, to_json
-from fitune.data.row_view import table, view
+from fitune.data.row_view import RowView, TokenView, table, view
 from fitune.data.rows import encode
 from fitune.data.sources import read
 from fitune.data.templates import resolve_template
@@ -39,6 +39,16 @@ def test_the_table_is_safe_and_aligned(first_row, toy):
     assert [line.count("*") for line in lines] == [int(flag) for flag in first_row.learn]
     assert head.split() == ["#", "id", "learnt", "position", "sees", "token"]
     assert all(character.isprintable() for line in lines for character in line)
+
+
+def test_two_rows_of_positions_and_a_prefix():
+    """As ChatGLM-6B has them: the mask is drawn as well."""
+    context, answer, sees = [0, 1, 2, 2, 2], [0, 0, 0, 1, 2], [3, 3, 3, 4, 5]
+    tokens = [TokenView(i, "t", i > 2, {"context": context[i], "answer": answer[i]}, sees[i]) for i in range(5)]
+    _, head, *lines = table(RowView("f:1", 2, tuple(tokens)))
+    assert head.split() == ["#", "id", "learnt", "context", "answer", "sees", "token"]
+    assert lines[4].split() == ["4", "4", "*", "2", "2", "5", "t"]
+    assert [line.strip() for line in lines[-5:]] == ["███··", "███··", "███··", "████·", "█████"]
 
 
 def test_the_doctor_shows_as_many_as_were_asked_for(write, toy):

@@ -226,7 +226,7 @@ CONFIGURATION = (
     _setting("unknown section", "did you mean `train`", "trian.seed=1"),
     _setting("unknown key", "did you mean `train.learning_rate`", "train.learning_rat=1"),
     _setting("key of another section", "did you mean `method.r`", "train.r=8"),
-    _setting("unknown method", "allowed: lora, full, bitfit", "method.name=lroa"),
+    _setting("unknown method", "allowed: lora, full, freeze, bitfit", "method.name=lroa"),
     _setting("value out of range", "`method.r` is 0", "method.r=0"),
     _setting("value of another type", "`train.epochs` is 'many'", "train.epochs=many"),
     _setting("unknown choice", "'constant', 'linear' or 'cosine'", "train.schedule=step"),
@@ -323,7 +323,6 @@ PLANS = (
 )
 
 CHATGLM = (
-    _chatglm("the first version", "the first version, is not supported yet", inner_hidden_size=64),
     _chatglm("weights packed into integers", "`quantization_bit` is 4", quantization_bit=4),
     _chatglm("a prefix encoder beside the model", "`pre_seq_len` is 128", pre_seq_len=128),
     _chatglm("neither version 2 nor 3", "ChatGLM2 or ChatGLM3?", _name_or_path="mine"),

@@ -63,9 +63,8 @@ def convert(source: Path, target: Path) -> Path:
         raise ConfigError(f"{target}: exists and is not an empty folder; give a new one")
     raw = inspect_folder(source)
     if raw.original is None:
-        raise ConfigError(
-            f"{source}: is a {raw.model_type} folder, which needs no conversion; original ChatGLM2 and 3 folders do"
-        )
+        reason = "which needs no conversion" if raw.model_type != "chatglm" else "which transformers has no model for"
+        raise ConfigError(f"{source}: is a {raw.model_type} folder, {reason}; ChatGLM2 and 3 are what is converted")
     tokenizer_files = TokenizerFiles.read(source)
     _check_vocabulary(raw, Tokenizer(tokenizer_files))
     files = tokenizer_files.contents
