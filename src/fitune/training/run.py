@@ -148,8 +148,10 @@ def _finished(folder: RunFolder) -> bool:
 
 
 def _checkpoint_bytes(session: Session) -> int:
-    """Room for one checkpoint: trainable weights, masters and two states in fp32."""
-    return 16 * count_parameters(session.model)[0]
+    """Room for one checkpoint: trainable weights, the result where it is another, masters and two states in fp32."""
+    stored = [session.method.state(session.model), session.method.result(session.model) or {}]
+    weights = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
+    return weights + 12 * count_parameters(session.model)[0]
 
 
 def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
