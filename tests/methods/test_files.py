@@ -66,8 +66,10 @@ def test_peft_opens_it_on_the_unchanged_base(families, family, kind, tmp_path):
     method.save(model, tmp_path, FACTS)
     assert not (tmp_path / TRAINED).exists()
     theirs = logits(peft_model(families[family], tmp_path))
-    assert torch.equal(theirs, logits(method.open(base(families[family]), tmp_path)))
-    close(theirs, logits(model), kind not in ROUNDED)
+    ours = logits(method.open(base(families[family]), tmp_path))
+    stock = family != "bloom"  # our attention of BLOOM sums in another order than the stock one
+    close(theirs, ours, stock)
+    close(theirs, logits(model), stock and kind not in ROUNDED)
 
 
 @pytest.mark.parametrize(("family", "kind"), MERGED)

@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": _GLM,
     "phi3": Family(("qkv_proj",), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), ("qkv_proj",), "down_proj"),
     "bloom": _FUSED,
+    "chatglm": _FUSED,  # the first version; 2 and 3 are glm
     "gpt_neox": _FUSED,
 }
 

@@ -169,7 +169,8 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     if anew:
         config, start = _from_adapter(config, arch, raw, model_folder)
     config = _with_facts_of_this_machine(config, device)
-    longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
+    keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     check_run(config, arch, longest if isinstance(longest, int) else None)
     tokenizer = Tokenizer.load(model_folder)
     check_text(config.method, tokenizer)
@@ -290,6 +291,8 @@ def _introduce(session: Session) -> None:
         f"{summary['rejected_rows']:,} rejected, {summary['truncated_rows']:,} cut at {config.data.max_length:,} "
         f"tokens; {layout}"
     )
+    if summary["template_note"]:
+        session.display.note(summary["template_note"])
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"
