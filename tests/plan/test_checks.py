@@ -7,7 +7,8 @@ import pytest
 
 from fitune.cli import main
 from fitune.config import build
-from fitune.engine.spec import Unsupported, block_spec
+from fitune.engine.path import EnginePath
+from fitune.engine.spec import Unsupported
 from fitune.errors import ConfigError
 from fitune.plan.arch import read_arch
 from fitune.plan.checks import check_run, known_arch, plain_path_problem, plain_reason
@@ -83,7 +84,7 @@ def llama(tmp_path_factory):
 def test_the_engine_takes_the_methods_that_the_plan_says(llama, kind):
     config = build({"model": {"path": "m"}, "method": KINDS[kind]})
     try:
-        block_spec(apply(llama, kind), "llama")
+        EnginePath(apply(llama, kind), "llama", "elementwise", 64, 128)
         refused = False
     except Unsupported:
         refused = True
