@@ -89,7 +89,9 @@ def test_measured_peaks_are_those_of_the_plan():
 
 def test_measured_peaks_on_another_gpu_are_those_of_the_plan():
     records = read(RESULTS / "h100-2026-11-25.jsonl")
-    assert (RESULTS / "plan-h100.md").read_text(encoding="utf-8") == plan.markdown(records), "run `python -m bench plan`"
+    assert (RESULTS / "plan-h100.md").read_text(encoding="utf-8") == plan.markdown(records), (
+        "run `python -m bench plan`"
+    )
     ours = [row for row in records if row["kind"] == "step"]
     assert len(ours) == 10
     for row in ours:
