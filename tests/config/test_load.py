@@ -278,7 +278,7 @@ def test_keys_are_frozen():
     """Renaming or removing a key breaks users' files; adding one is a decision: then change this list."""
     assert len(list(every_key())) <= 60
     keys = {
-        "model": "path dtype quantization",
+        "model": "path dtype quantization int8_compute int8_threshold",
         "method": "name r alpha dropout target_modules",
         "data": "train eval format template max_length packing on_bad_rows",
         "train": "epochs max_steps global_batch_rows global_batch_tokens micro_batch_rows micro_batch_tokens "

@@ -17,7 +17,7 @@ from fitune.errors import ConfigError
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import DTYPES, Base, load_base
-from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.model.quantize import QuantLinear, quantize_blocks, use_int8
 from fitune.plan.arch import read_arch
 from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
 from fitune.plan.job import block_columns
@@ -356,6 +356,16 @@ def test_the_plain_path_is_said_to_need_more(config, method, train, reason):
     assert by_name(plan)["logits"] == 2 * 1024 * vocab * 2  # padding included
     assert not {"self-check: engine", "working set", "rotary tables"} & set(by_name(plan))
     assert plan.job.shape.lora == (0, 0, 0, 0)
+
+
+def test_llm_int8_is_planned_on_the_plain_path_in_the_engine_s_words():
+    plan = plan_of(LLAMA_1B, model={"path": "m", "quantization": "int8", "int8_compute": "llm_int8"})
+    real = meta_model(TINY["llama"]).to_empty(device="cpu").requires_grad_(False)
+    quantize_blocks(real, "int8", torch.device("cpu"))
+    use_int8(real, "llm_int8", 6.0)
+    with pytest.raises(Unsupported) as refused:
+        block_spec(real, "llama")
+    assert plan.plain_reason == str(refused.value) == "model.int8_compute=llm_int8"
 
 
 @pytest.mark.parametrize(("targets", "width"), [("attention", 2048), ("linear", 8192)])

@@ -204,12 +204,23 @@ def _full_trains_what_quantization_freezes(config: RunConfig) -> str | None:
     return None
 
 
+def _llm_int8_is_for_int8(config: RunConfig) -> str | None:
+    model = config.model
+    if model.int8_compute == "llm_int8" and model.quantization not in ("int8", "none"):
+        return (
+            f"model.int8_compute is llm_int8, but model.quantization is {model.quantization}; set "
+            "model.quantization=int8 or model.int8_compute=weight_only"
+        )
+    return None
+
+
 CHECKS = (
     _one_global_batch,
     _micro_batch_matches_packing,
     _adam_epsilon_exists_in_fp16,
     _eight_bit_states_have_their_own_dtype,
     _full_trains_what_quantization_freezes,
+    _llm_int8_is_for_int8,
 )
 
 

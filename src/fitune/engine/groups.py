@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fitune.engine.products import Expanded, Fused, Product, RowsFp8, Scratch
+from fitune.engine.spec import Unsupported
 from fitune.kernels.dropout import Mask, drop, drop_add
 from fitune.kernels.refresh import Copy
 
@@ -50,6 +51,8 @@ class Group:
         modules: the projections, plain or wrapped by PEFT, in the order of their outputs.
         dtype: of activations and of the adapters' copies.
         scratch: memory that products of quantized groups share.
+    Raises:
+        Unsupported: the projections are stored in different ways.
     Memory: 4 bytes per adapter gradient; see `engine.products` for the weights.
     """
 
@@ -60,7 +63,10 @@ class Group:
         self.adapters = _adapters(modules)
         self.R = adapter_columns([adapter.A.shape[0] for adapter in self.adapters])
         self.trains = any(adapter.A.requires_grad for adapter in self.adapters)
-        self.quantization: str = getattr(linears[0], "quantization", "none")
+        stored = {getattr(linear, "quantization", "none") for linear in linears}
+        if len(stored) > 1:  # a bitsandbytes folder may leave some layers of a block in 16 bits
+            raise Unsupported(f"projections of one input stored as {' and '.join(sorted(stored))}")
+        self.quantization: str = stored.pop()
         self.mask: Mask | None = None  # of the adapters' common input
         self._gradients: list[torch.Tensor] = []
         self._product = _product(self.quantization, linears, self.R, dtype, scratch)

@@ -86,6 +86,8 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
     if next(model.parameters()).is_cuda and not has_triton():
         raise Unsupported("triton is not installed")
     _check_trainable(model)
+    if any(getattr(module, "compute", "") == "llm_int8" for module in model.modules()):
+        raise Unsupported("model.int8_compute=llm_int8")
     return spec
 
 

@@ -28,7 +28,7 @@ from fitune.methods import METHODS, Method
 from fitune.methods.base import CONFIG, FACTS
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
-from fitune.model.quantize import QUANTIZATIONS
+from fitune.model.quantize import QUANTIZATIONS, use_int8
 
 Conversation = str | Sequence[Mapping[str, str]]
 DEVICES = ("auto", "cpu", "cuda")
@@ -178,6 +178,7 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
     tokenizer = Tokenizer.load(folder)
     template = resolve_template(config.data.template, tokenizer)
     base = load_base(folder, wanted, where, quantization or config.model.quantization)
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     model = base.model
     if method.folder != "model":
         check_base(result, base)

@@ -121,6 +121,8 @@ def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
         return arch.plain
     if not isinstance(config.method, LoraConfig):
         return f"method.name={config.method.name}; the engine trains LoRA adapters"
+    if config.model.int8_compute == "llm_int8":
+        return "model.int8_compute=llm_int8"
     return None
 
 

@@ -27,7 +27,7 @@ from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneErr
 from fitune.methods import METHODS
 from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
-from fitune.model.quantize import emulation_note
+from fitune.model.quantize import emulation_note, use_int8
 from fitune.training import checkpoint, loop, samples
 from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import memory_errors, process_state, set_up_device
@@ -187,6 +187,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     assert config.model.dtype is not None, "resolved"
     with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     if base.vocab_size < prepared.tokenizer.vocab_size:
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
