@@ -134,6 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
     export.set_defaults(command=_export)
 
+    convert = commands.add_parser("convert", help="write a model folder in another format")
+    convert.add_argument("source", metavar="SRC", help="model folder, hub id or `embedded`")
+    convert.add_argument("target", metavar="DST", help="new folder")
+    formats = "blocks in 8 or 4 bits, as transformers and bitsandbytes store them"
+    convert.add_argument("--quantization", choices=("int8", "nf4", "fp4"), help=formats)
+    read = "what weights are read in before they are quantized; default: as in config.json"
+    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help=read)
+    convert.set_defaults(command=_convert)
+
     config = commands.add_parser("config", help="list every setting with its default")
     config.add_argument("--schema", action="store_true", help="print the JSON schema")
     config.set_defaults(command=_config)
@@ -218,12 +227,12 @@ def _plan(options: argparse.Namespace) -> int:
 def _planned(options: argparse.Namespace) -> tuple[RunConfig, ArchSpec, Path]:
     """Configuration, architecture and model folder; no weights are looked for, and none downloaded."""
     from fitune.config import load
-    from fitune.model.folder import read_config, resolve_folder
+    from fitune.model.folder import read_config, resolve_folder, with_stored_quantization
     from fitune.plan.arch import read_arch
 
     config = load(options.config, options.overrides)
     folder = resolve_folder(config.model.path, weights=False)
-    return config, read_arch(read_config(folder)), folder
+    return with_stored_quantization(config, folder), read_arch(read_config(folder)), folder
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -318,6 +327,16 @@ def _export(options: argparse.Namespace) -> int:
     from fitune.infer.export import export
 
     print(f"written: {export(Path(options.run), Path(options.to), form=options.form, dtype=options.dtype)}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.quantization is None:
+        raise ConfigError("nothing to convert; give --quantization int8, nf4 or fp4")
+    from fitune.model.convert import quantize_folder
+
+    target = quantize_folder(options.source, Path(options.target), options.quantization, options.dtype)
+    print(f"written: {target}")
     return 0
 
 

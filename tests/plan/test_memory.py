@@ -214,6 +214,40 @@ def test_quantized_layers_are_counted_to_the_byte(kind):
     assert quantized_bytes(kind, 24, 72) == sum(buffer.nbytes for buffer in layer.buffers())
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_stored_layers_are_counted_to_the_byte(double):
+    layer = QuantLinear(torch.randn(24, 72), None, "nf4")
+    buffers = {
+        "codes": layer.codes,
+        "absmax": layer.absmax,
+        "nested_absmax": layer.nested_absmax,
+        "offset": layer.offset,
+    }
+    if not double:
+        buffers = {"codes": layer.codes, "absmax": torch.rand(27)}
+    layer = QuantLinear.stored(buffers, torch.Size([24, 72]), None, "nf4", torch.float32)
+    assert quantized_bytes("nf4", 24, 72, double) == sum(buffer.nbytes for buffer in layer.buffers())
+
+
+def test_a_plan_follows_what_bitsandbytes_stored():
+    section = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    settings = {"model": {"path": "m", "quantization": "nf4"}}
+    ours = by_name(plan_of(LLAMA_8B, **settings))
+    double, single = (
+        by_name(plan_of(LLAMA_8B | {"quantization_config": section | {"bnb_4bit_use_double_quant": value}}, **settings))
+        for value in (True, False)
+    )
+    assert "weights being quantized" in ours
+    assert "weights being quantized" not in double
+    assert double["block weights"] == ours["block weights"]
+    weights = sum(
+        parameter.elements * parameter.copies
+        for parameter in read_arch(LLAMA_8B).parameters
+        if "proj" in parameter.name
+    )
+    assert single["block weights"] - double["block weights"] == pytest.approx(weights * 3 / 64, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "glm"])
 def test_the_engine_over_quantized_weights(name, kind):

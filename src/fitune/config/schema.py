@@ -69,9 +69,9 @@ class ModelConfig(Section):
     )
     quantization: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
         "none",
-        description="How the frozen linear layers of the blocks are stored: `none` (in dtype; weights that bitsandbytes "
-        "quantized stay so), `int8`, `nf4` or `fp4` (4 bits), expanded for each product; `fp8`, multiplied as it is on "
-        "GPUs that can. Not for method full.",
+        description="How the frozen linear layers of the blocks are stored: `none` (in dtype; what bitsandbytes "
+        "quantized stays so), `int8`, `nf4` or `fp4` (4 bits), expanded for each product; `fp8`, multiplied as it is "
+        "on GPUs that can. Not for method full.",
     )
     int8_compute: Literal["weight_only", "llm_int8"] = Field(
         "weight_only",

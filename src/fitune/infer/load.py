@@ -28,7 +28,7 @@ from fitune.methods import METHODS, Method
 from fitune.methods.base import CONFIG, FACTS
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
-from fitune.model.quantize import QUANTIZATIONS, use_int8
+from fitune.model.quantize import QUANTIZATIONS, dequantize_blocks, use_int8
 
 Conversation = str | Sequence[Mapping[str, str]]
 DEVICES = ("auto", "cpu", "cuda")
@@ -140,8 +140,8 @@ def load(
     Args:
         device: auto, cpu or cuda.
         dtype: fp32, fp16 or bf16; None: as trained, or the default of the device.
-        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or none. Weights are
-            quantized from `dtype`.
+        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or as in the folder.
+            Weights are quantized from `dtype`, those that bitsandbytes quantized expanded to it for `none`.
 
     Raises:
         ConfigError: nothing usable at `path`, a run without a result, or an unknown device, dtype or quantization.
@@ -160,7 +160,7 @@ def load(
         raise _is_adapter(run)
     where = pick_device(device)
     folder = resolve_folder(str(path))
-    base = load_base(folder, pick_dtype(dtype, where), where, quantization or "none")
+    base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")
     tokenizer = Tokenizer.load(folder)
     return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
 
@@ -177,7 +177,7 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
     tokenizer = Tokenizer.load(folder)
     template = resolve_template(config.data.template, tokenizer)
-    base = load_base(folder, wanted, where, quantization or config.model.quantization)
+    base = _open(folder, wanted, where, quantization, config.model.quantization)
     use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     model = base.model
     if method.folder != "model":
@@ -187,6 +187,13 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
         model.requires_grad_(False)
         model.eval()
     return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
+
+
+def _open(folder: Path, dtype: str, where: torch.device, wanted: str | None, usual: str) -> Base:
+    base = load_base(folder, dtype, where, wanted or usual)
+    if wanted == "none":  # weights that bitsandbytes stored are expanded
+        dequantize_blocks(base.model)
+    return base
 
 
 def _learnt_raw_text(run: Path) -> bool:

@@ -88,7 +88,7 @@ def multiply_codes(codes_TK: torch.Tensor, codes_NK: torch.Tensor) -> torch.Tens
 
 
 def _has_units(codes_TK: torch.Tensor, codes_NK: torch.Tensor) -> bool:
-    """Whether `torch._int_mm` takes these shapes here, and is faster than fp32 (without AVX-512 it is 16 times slower)."""
+    """Whether `torch._int_mm` takes these shapes and is fast: on a CPU without AVX-512 it takes 16 times as long."""
     (rows, columns), outputs = codes_TK.shape, len(codes_NK)
     if not codes_TK.is_cuda:
         return _has_avx512()

@@ -12,6 +12,8 @@ import errno
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fitune.errors import ConfigError
-from fitune.model.folder import inspect_folder
+from fitune.model.folder import ModelFolder, inspect_folder
 from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.model.standins import load_stored
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -73,7 +76,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Args:
         folder: a local model folder (see `model.folder.resolve_folder`).
         dtype: storage and compute dtype, a key of `DTYPES`.
-        quantization: "none", or how the linear layers of the blocks are stored, see `model.quantize`.
+        quantization: how the linear layers of the blocks are stored, see `model.quantize`; "none": as in the folder.
 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
@@ -81,9 +84,41 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized: on the device the result and at most
         100 MB; on the host pages of the weight files, or, if `dtype` is not the files', a copy of the model.
     """
+    raw = inspect_folder(folder)
+    if raw.quantization != "none" and quantization not in ("none", raw.quantization):
+        raise ConfigError(f"{folder} holds weights in {raw.quantization}, which cannot become {quantization}")
+    model_class, options = class_and_options(raw, folder, dtype)
+    with reading(folder):
+        if raw.quantization != "none":
+            model, report = load_stored(model_class, options, folder, raw.weight_files, device)
+        elif raw.weights_format == "safetensors":
+            options |= {"use_safetensors": True, "local_files_only": True}
+            if quantization == "none":
+                options["device_map"] = {"": device}
+            model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
+        else:
+            state = _read_bin(folder, raw.weight_files)
+            model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
+            del state
+    check_report(folder, model, report)
+    if quantization != "none" and raw.quantization == "none":
+        quantize_blocks(model, quantization, device)
+    model = model.to(device)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model.eval()
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Base(model, folder, raw.model_type, rows, fingerprint(folder, raw.weight_files))
+
+
+def class_and_options(raw: ModelFolder, folder: Path, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The class of transformers for a folder, and arguments of its `from_pretrained`: configuration, dtype, attention.
+
+    Raises:
+        ConfigError: transformers has no causal language model of this `model_type`.
+    """
     import transformers
 
-    raw = inspect_folder(folder)
     # Progress bars and load reports of the library would tear through our own display; our errors say more.
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -95,19 +130,19 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
             f"{folder}: model_type {raw.model_type!r} is not a causal language model that transformers "
             f"{transformers.__version__} knows; check config.json or update transformers"
         ) from error
+    if raw.quantization != "none":
+        del config.quantization_config  # or transformers would want bitsandbytes
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
     options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
+    return model_class, options
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Errors of the libraries that read weight files, in our words."""
     try:
-        if raw.weights_format == "safetensors":
-            options |= {"use_safetensors": True, "local_files_only": True}
-            if quantization == "none":
-                options["device_map"] = {"": device}
-            model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
-        else:
-            state = _read_bin(folder, raw.weight_files)
-            model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
-            del state
+        yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -116,18 +151,9 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     except SafetensorError as error:
         _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
-    _check_report(folder, model, report)
-    if quantization != "none":
-        quantize_blocks(model, quantization, device)
-    model = model.to(device)
-    model.config.use_cache = False
-    model.requires_grad_(False)
-    model.eval()
-    rows = model.get_input_embeddings().weight.shape[0]
-    return Base(model, folder, raw.model_type, rows, fingerprint(folder, raw.weight_files))
 
 
-def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
+def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
     """transformers fills missing weights with random numbers; that must never pass for a trained model."""
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())

@@ -239,6 +239,16 @@ def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -
         del linear  # before the next one is quantized
 
 
+def dequantize_blocks(model: nn.Module) -> None:
+    """Replace every `QuantLinear` of a model by an nn.Linear with the weight it stands for, one after another."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+
+
 def use_int8(model: nn.Module, compute: str, threshold: float) -> None:
     """Set how the int8 layers of a model multiply: `weight_only`, or `llm_int8` with this threshold."""
     for module in model.modules():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fitune.errors import ConfigError
@@ -74,6 +74,8 @@ class ArchSpec:
         linears: the linear layers of a block, in module order.
         block: path of a block, `{}` for its number.
         parameters: every parameter of the model, tied ones once.
+        quantized: the linear layers are quantized in the files, by bitsandbytes.
+        double_quant: absmax values of 4-bit weights are in 8 bits; bitsandbytes may have stored them in fp32.
     """
 
     model_type: str
@@ -96,6 +98,8 @@ class ArchSpec:
     linears: tuple[Linear, ...]
     block: str
     parameters: tuple[Parameter, ...]
+    quantized: bool = False
+    double_quant: bool = True
 
     @property
     def total(self) -> int:
@@ -138,6 +142,14 @@ def read_arch(config: Config) -> ArchSpec:
     Raises:
         ConfigError: an unknown `model_type`, a missing or impossible size, or a variant with other parameters.
     """
+    arch, stored = _read(config), config.get("quantization_config")
+    if not isinstance(stored, dict):
+        return arch
+    single = stored.get("load_in_4bit") and not stored.get("bnb_4bit_use_double_quant")
+    return replace(arch, quantized=True, double_quant=not single)
+
+
+def _read(config: Config) -> ArchSpec:
     model_type = config.get("model_type")
     if model_type in _SPLIT:
         return _split(config, str(model_type))

@@ -52,12 +52,18 @@ class Part:
     phases: tuple[Phase, ...] = PHASES
 
 
-def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
-    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
+def quantized_bytes(quantization: str, outs: int, ins: int, double_quant: bool = True) -> int:
+    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included.
+
+    Args:
+        double_quant: absmax values of 4-bit weights are in 8 bits; else they are in fp32.
+    """
     elements = outs * ins
     if quantization in ("int8", "fp8"):
         return elements + 4 * outs
     blocks = -(-elements // QUANT_BLOCK)
+    if not double_quant:
+        return -(-elements // 2) + 4 * blocks + 4 * 16
     return -(-elements // 2) + blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES
 
 
@@ -77,7 +83,8 @@ def _block_weights(job: Job) -> Part:
     if job.quantization == "none":
         total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
+    double = job.arch.double_quant
+    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins, double) for linear in job.arch.linears)
     copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
     copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
@@ -238,7 +245,7 @@ def _workspaces(job: Job) -> Part:
 
 def _quantizing(job: Job) -> Part:
     """Weights are quantized slice by slice; on CPU the ones to come are still there in full."""
-    if job.quantization == "none":
+    if job.quantization == "none" or job.arch.quantized:
         return Part("weights being quantized", 0, "")
     full = job.dtype_bytes * job.arch.layers * sum(linear.outs * linear.ins for linear in job.arch.linears)
     size, formula = QUANT_SLICE_BYTES, "6 slices x 16 MiB"

@@ -25,7 +25,7 @@ from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
-from fitune.model.folder import inspect_folder, resolve_folder
+from fitune.model.folder import inspect_folder, resolve_folder, with_stored_quantization
 from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
 from fitune.model.quantize import emulation_note, use_int8
 from fitune.training import checkpoint, loop, samples
@@ -155,6 +155,7 @@ def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
     config = _with_facts_of_this_machine(config, device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
+    config = with_stored_quantization(config, model_folder)
     longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
     if isinstance(longest, int) and config.data.max_length > longest:
         raise ConfigError(
