@@ -1,7 +1,7 @@
 """Training, evaluating and generating, training again: quantized layers give the gradients of the expanded model.
 
-bitsandbytes repacks 4-bit weights in place at the first evaluation on some CPUs; the gradients after it are wrong without
-a sign. Layers with a bias (BLOOM) and inputs that are no multiple of 64 (688) fail there. Ours have no such state.
+bitsandbytes repacks 4-bit weights in place at the first evaluation on some CPUs; the gradients after it are wrong
+without a sign. Layers with a bias (BLOOM) and inputs that are no multiple of 64 (688) fail there. Ours have no state.
 """
 
 import copy

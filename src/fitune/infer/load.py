@@ -165,28 +165,56 @@ def load(
     return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
 
 
-def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
+@dataclass(frozen=True)
+class RunParts:
+    """What a finished run consists of, known before any weight is read.
+
+    Attributes:
+        result: the folder of its adapter or model.
+        folder: of the base model; after full fine-tuning `result`, which stands alone.
+    """
+
+    config: RunConfig
+    method: Method
+    result: Path
+    folder: Path
+    tokenizer: Tokenizer
+    template: Template
+
+
+def run_parts(run: Path) -> RunParts:
+    """Find the parts of a run.
+
+    Raises:
+        ConfigError: it has no result yet, or its base model is gone.
+    """
     config = load_config(run / "config.yaml")
     method = METHODS[config.method.name]
     result = run / method.folder
     if not result.is_dir():
         raise ConfigError(f"{run} has no result yet ({method.folder}/ is missing); finish it: fitune resume {run}")
-    where = pick_device(device)
-    wanted = pick_dtype(dtype or config.model.dtype, where)
-    # The result of full fine-tuning stands alone: the base may be gone.
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
     tokenizer = Tokenizer.load(folder)
-    template = resolve_template(config.data.template, tokenizer)
-    base = _open(folder, wanted, where, quantization, config.model.quantization)
+    return RunParts(config, method, result, folder, tokenizer, resolve_template(config.data.template, tokenizer))
+
+
+def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
+    parts = run_parts(run)
+    config, method, result = parts.config, parts.method, parts.result
+    where = pick_device(device)
+    base = _open(
+        parts.folder, pick_dtype(dtype or config.model.dtype, where), where, quantization, config.model.quantization
+    )
     use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     model = base.model
     if method.folder != "model":
-        check_base(result, base)
+        check_base(result, base.folder, base.fingerprint)
         model = method.apply(base, config.method)
         method.load(model, result)
         model.requires_grad_(False)
         model.eval()
-    return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
+    raw = _learnt_raw_text(run)
+    return Loaded(model, parts.tokenizer, parts.template, where, base, config, method, raw)
 
 
 def _open(folder: Path, dtype: str, where: torch.device, wanted: str | None, usual: str) -> Base:
@@ -216,15 +244,15 @@ def _is_adapter(folder: Path) -> ConfigError:
     )
 
 
-def check_base(adapter: Path, base: Base) -> None:
+def check_base(adapter: Path, folder: Path, fingerprint: str) -> None:
     """Refuse an adapter that was trained on other base weights."""
     file = adapter / FACTS
     try:
         recorded = json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); is this an adapter made by fitune?") from error
-    if recorded != base.fingerprint:
+    if recorded != fingerprint:
         raise CheckpointError(
-            f"{adapter} was trained on other weights than those in {base.folder} (fingerprints differ). Use the base "
+            f"{adapter} was trained on other weights than those in {folder} (fingerprints differ). Use the base "
             "model it was trained on"
         )

@@ -15,6 +15,7 @@ from torch import nn
 
 from fitune.config import MethodConfig
 from fitune.errors import CheckpointError
+from fitune.methods.merging import Edits, no_edits
 from fitune.model.load import Base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,6 +35,7 @@ class Method:
         load_state: (model, tensors) copies such tensors into an applied model, strictly.
         write_config: (model, folder, facts) writes what stands beside the weights.
         merge: model -> a plain transformers model with the adapter folded in.
+        edits: adapter folder -> what `merge` does to each weight, see `methods.merging`; None: a model is needed.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Method:
     load_state: Callable[[nn.Module, dict[str, torch.Tensor]], None]
     write_config: Callable[[nn.Module, Path, dict[str, Any]], None]
     merge: Callable[[nn.Module], nn.Module]
+    edits: Callable[[Path], Edits | None] = no_edits
 
     def save(self, model: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
         """Write weights and configuration into an existing folder.

@@ -15,6 +15,7 @@ from torch import nn
 from fitune.config import MethodConfig
 from fitune.errors import ConfigError
 from fitune.methods.base import CONFIG, Method, copy_into, trainable, write_json
+from fitune.methods.merging import stored_weights
 from fitune.model.load import Base
 
 
@@ -52,4 +53,5 @@ BITFIT = Method(
     load_state=_load,
     write_config=_write_config,
     merge=lambda model: model,  # the biases already stand in the model
+    edits=stored_weights,
 )

@@ -36,4 +36,5 @@ FULL = Method(
     load_state=_load,
     write_config=_write_config,
     merge=lambda model: model,
+    edits=lambda model: {},  # the folder is the merged model
 )

@@ -15,6 +15,7 @@ from torch import nn
 from fitune.config import LoraConfig, MethodConfig
 from fitune.errors import ConfigError
 from fitune.methods.base import CONFIG, Method, write_json
+from fitune.methods.merging import lora_edits
 from fitune.model.families import target_modules
 from fitune.model.libraries import import_peft
 from fitune.model.load import Base
@@ -83,4 +84,5 @@ LORA = Method(
     load_state=_load,
     write_config=_write_config,
     merge=_merge,
+    edits=lora_edits,
 )
