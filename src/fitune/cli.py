@@ -132,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     form = "merged model, or PEFT adapter (lora) or fitune's bias file (bitfit); default: merged"
     export.add_argument("--form", choices=("merged", "adapter"), default="merged", help=form)
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
+    export.add_argument("--data", nargs="+", default=[], metavar="FILE", help="measure what merging changed on these")
+    no_measure = "do not compare the merged model with the run on held-out rows"
+    export.add_argument("--no-measure", action="store_true", help=no_measure)
     export.set_defaults(command=_export)
 
     convert = commands.add_parser("convert", help="write a model folder in another format")
@@ -142,6 +145,19 @@ def _parser() -> argparse.ArgumentParser:
     read = "what weights are read in before they are quantized; default: as in config.json"
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help=read)
     convert.set_defaults(command=_convert)
+
+    report = commands.add_parser("quantize-report", help="what 8- and 4-bit formats do to a model, layer by layer")
+    report.add_argument("model", metavar="MODEL", help="model folder, hub id or `embedded`")
+    report.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE", help="rows to run through the model; default: some text"
+    )
+    report.add_argument("--threshold", type=float, default=6.0, help="an input from here on is an outlier (default 6)")
+    report.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="of the computation; default: as in config.json"
+    )
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--to", metavar="DIR", help="new folder for report.html with plots, and report.json")
+    report.set_defaults(command=_quantize_report)
 
     config = commands.add_parser("config", help="list every setting with its default")
     config.add_argument("--schema", action="store_true", help="print the JSON schema")
@@ -324,9 +340,22 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fitune.infer.export import export
+    run, target, files = Path(options.run), Path(options.to), tuple(options.data)
+    if options.no_measure or options.form == "adapter":
+        if files:
+            raise ConfigError("--data names rows to measure merging on, but nothing will be measured; leave it out")
+        from fitune.infer.export import export
 
-    print(f"written: {export(Path(options.run), Path(options.to), form=options.form, dtype=options.dtype)}")
+        print(f"written: {export(run, target, form=options.form, dtype=options.dtype)}")
+        return 0
+    from fitune.training.merge_report import export_and_measure
+
+    report = export_and_measure(run, target, files, options.dtype)
+    print(f"written: {target}")
+    if isinstance(report, str):
+        print(f"not measured: {report}", file=sys.stderr)
+    else:
+        print(report.text())
     return 0
 
 
@@ -337,6 +366,22 @@ def _convert(options: argparse.Namespace) -> int:
 
     target = quantize_folder(options.source, Path(options.target), options.quantization, options.dtype)
     print(f"written: {target}")
+    return 0
+
+
+def _quantize_report(options: argparse.Namespace) -> int:
+    from fitune.infer.quantize_report import quantize_report, text
+    from fitune.model.weights import check_target
+
+    if options.to:
+        check_target(Path(options.to), "--to")
+    settings = {"files": tuple(options.data), "threshold": options.threshold, "dtype": options.dtype}
+    report = quantize_report(options.model, **settings)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if options.json else text(report))
+    if options.to:
+        from fitune.training.quantize_page import write_page
+
+        print(f"written: {write_page(report, Path(options.to))}/report.html", file=sys.stderr)
     return 0
 
 

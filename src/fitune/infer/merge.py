@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.load import RunParts, check_base
@@ -19,7 +18,7 @@ from fitune.model.bitsandbytes_format import StoredWeight, read_stored, stored_w
 from fitune.model.folder import inspect_folder
 from fitune.model.load import DTYPES, class_and_options, fingerprint
 from fitune.model.quantize import QuantLinear
-from fitune.model.weights import ShardWriter, WeightFiles
+from fitune.model.weights import ShardWriter, WeightFiles, names_in_model
 
 
 def merge_files(parts: RunParts, dtype: str, out: Path) -> bool:
@@ -45,7 +44,9 @@ def merge_files(parts: RunParts, dtype: str, out: Path) -> bool:
         model = model_class(options["config"])
     weights = WeightFiles(parts.folder, raw.weight_files)
     stored = stored_weights(weights) if raw.quantization != "none" else {}
-    names = _names(model, weights, stored)
+    companions = {name for one in stored.values() for name in one.companions}
+    shapes = {name: stored[name].shape if name in stored else shape for name, shape in weights.shapes.items()}
+    names = names_in_model(model, {name: shape for name, shape in shapes.items() if name not in companions})
     if names is None:
         return False
     _check_edits(parts.result, edits, set(names.values()))
@@ -58,27 +59,6 @@ def merge_files(parts: RunParts, dtype: str, out: Path) -> bool:
     config.dtype, config.architectures, config.use_cache = DTYPES[dtype], [model_class.__name__], True
     config.save_pretrained(out)
     return True
-
-
-def _names(model: nn.Module, weights: WeightFiles, stored: dict[str, StoredWeight]) -> dict[str, str] | None:
-    """Name in the files -> name in the model, in the files' order; None unless they cover the model one to one."""
-    tied: dict[int, str] = {}
-    model.tie_weights()  # type: ignore[operator]  # a transformers model
-    wanted = {n: t.shape for n, t in model.state_dict(keep_vars=True).items() if tied.setdefault(id(t), n) == n}
-    prefix = f"{model.base_model_prefix}."
-    companions = {name for one in stored.values() for name in one.companions}
-    found: dict[str, str] = {}
-    for source in weights.shapes:
-        if source in companions:
-            continue
-        shape = stored[source].shape if source in stored else weights.shapes[source]
-        for name in (source, prefix + source, source.removeprefix(prefix)):
-            if wanted.get(name) == shape:
-                found[source] = name
-                break
-    if len(found) != len(wanted) or set(found.values()) != set(wanted):
-        return None
-    return found
 
 
 def _check_edits(adapter: Path, edits: Edits, names: set[str]) -> None:

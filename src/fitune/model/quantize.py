@@ -222,12 +222,7 @@ def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -
     Memory: on `device` the quantized layers and a few slices of `quantizers.SLICE` weights; a full-precision weight is
         freed as soon as it is quantized.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and re.search(r"\.\d+\.", name)
-    ]
+    names = block_linears(model)
     if not names:
         raise ConfigError(
             f"model.quantization is {quantization}, but the blocks of this {type(model).__name__} have no linear "
@@ -254,6 +249,16 @@ def use_int8(model: nn.Module, compute: str, threshold: float) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.quantization == "int8":
             module.compute, module.threshold = compute, threshold
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of the nn.Linear in a model's blocks: those with a number in their name, the output head excluded."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and re.search(r"\.\d+\.", name)
+    ]
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,28 @@ class ShardWriter:
 
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number}"
+
+
+def names_in_model(model: Any, shapes: Mapping[str, torch.Size]) -> dict[str, str] | None:
+    """Name in the files -> name in the model, in the files' order; tied weights count once.
+
+    Args:
+        model: a transformers model, on the meta device if need be.
+        shapes: of the weights in the files.
+    Returns:
+        None if they do not cover the model one to one: names that transformers converts while it loads.
+    """
+    tied: dict[int, str] = {}
+    model.tie_weights()
+    wanted = {n: t.shape for n, t in model.state_dict(keep_vars=True).items() if tied.setdefault(id(t), n) == n}
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, str] = {}
+    for source, shape in shapes.items():
+        for name in (source, prefix + source, source.removeprefix(prefix)):
+            if wanted.get(name) == shape:
+                found[source] = name
+                break
+    return found if len(found) == len(wanted) == len(set(found.values())) else None
 
 
 def check_target(target: Path, option: str) -> None:
