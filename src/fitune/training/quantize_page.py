@@ -20,11 +20,11 @@ from fitune.model.rounding import PRODUCTS, Rounding
 from fitune.model.weights import new_folder
 from fitune.training.curves import Axis, escaped, value_axis
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 1000, 220, 56, 26
+WIDTH, SMALL, HEIGHT, LEFT, BOTTOM = 1000, 400, 240, 56, 26
 BLUE, RED, FAINT = "#2f5f8f", "#b3402a", "#9db8d1"
 COLORS = {"int8": BLUE, "absmax": RED, "LLM.int8()": "#2f6b4a", "nf4": "#8a5a00", "fp4": "#7a4f9e", "fp8": "#5f6b73"}
 STYLE = """
-main { max-width: 76rem; } .plots svg { width: 100%; height: auto; } .plots figure { margin-bottom: 1.2rem; }
+main, footer { max-width: 76rem; } .plots svg { width: 100%; height: auto; } .plots figure { margin-bottom: 1.2rem; }
 .key span { display: inline-block; margin-right: 1.2rem; } .key i { display: inline-block; width: .7rem; height: .7rem;
 border-radius: 50%; margin-right: .35rem; } .small { display: grid; gap: 1rem;
 grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); } td.n { white-space: nowrap; }
@@ -127,7 +127,7 @@ def _errors(report: QuantizeReport) -> str:
         return ""
     note = (
         "Each dot is a layer, in the order of the blocks. int8, nf4 and fp4 round weights only; absmax, LLM.int8() and "
-        "fp8 round the inputs too."
+        "fp8 round the inputs too. Where a layer has no outliers, absmax lies under LLM.int8()."
     )
     values = {product: [layer.output_ratio(product) for layer in report.layers] for product in PRODUCTS}
     return _section("Error of products", f'<div class="plots">{_dots(report.layers, values)}</div>', note)
@@ -197,7 +197,8 @@ def _dots(layers: Sequence[Rounding], values: dict[str, list[float | None]]) -> 
                 circle = f'<circle cx="{x:.1f}" cy="{_y(axis, 100 * value):.1f}" r="3.2" fill="{COLORS[product]}">'
                 parts.append(f"{circle}<title>{escaped(title)}</title></circle>")
     key = "".join(f'<span><i style="background:{COLORS[product]}"></i>{escaped(product)}</span>' for product in values)
-    return f'{_figure("Error of products [%]", _axis(axis) + "".join(parts))}<p class="fine key">{key}</p>'
+    inside = _axis(axis) + _blocks([layer.name for layer in layers]) + "".join(parts)
+    return f'{_figure("Error of products [%]", inside)}<p class="fine key">{key}</p>'
 
 
 def _bars(title: str, values: Sequence[tuple[str, float]], form: str) -> str:
@@ -210,7 +211,7 @@ def _bars(title: str, values: Sequence[tuple[str, float]], form: str) -> str:
         for i, (name, value) in enumerate(values)
         if value
     ]
-    return _figure(title, _axis(axis) + "".join(bars))
+    return _figure(title, _axis(axis) + _blocks([name for name, _ in values]) + "".join(bars))
 
 
 def _histogram(one: Rounding) -> str:
@@ -221,9 +222,9 @@ def _histogram(one: Rounding) -> str:
     shares = [count / max(1, one.weights) for count in one.nf4_codes]
     axis = Axis(0.0, 1.1 * max(densities), ())
     share_axis = Axis(0.0, max(0.16, *shares), ())
-    width = (WIDTH - LEFT) / len(densities)
+    width = SMALL / len(densities)
     parts = [
-        f'<rect x="{LEFT + i * width:.1f}" y="{_y(axis, density):.1f}" width="{width:.1f}" '
+        f'<rect x="{i * width:.1f}" y="{_y(axis, density):.1f}" width="{width:.1f}" '
         f'height="{_y(axis, 0.0) - _y(axis, density):.1f}" fill="{FAINT}"/>'
         for i, density in enumerate(densities)
     ]
@@ -238,13 +239,23 @@ def _histogram(one: Rounding) -> str:
         anchor = "start" if value == -1 else "end" if value == 1 else "middle"
         parts.append(f'<text x="{_place(value):.1f}" y="{HEIGHT + 19}" text-anchor="{anchor}">{value:g}</text>')
     least, most = min(shares), max(shares)
-    return _figure(f"{short(one.name)}: levels used {least:.1%} to {most:.1%} of the time", "".join(parts))
+    return _figure(f"{short(one.name)}: levels used {least:.1%} to {most:.1%}", "".join(parts), SMALL)
 
 
-def _figure(title: str, inside: str) -> str:
+def _blocks(names: Sequence[str]) -> str:
+    """Numbers of the blocks under their first layers, at most about twenty."""
+    numbers = [short(name).partition(".")[0] for name in names]
+    firsts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1]]
+    return "".join(
+        f'<text x="{_x(i, len(names)):.1f}" y="{HEIGHT + 19}" text-anchor="middle">{escaped(numbers[i])}</text>'
+        for i in firsts[:: 1 + len(firsts) // 20]
+    )
+
+
+def _figure(title: str, inside: str, width: int = WIDTH) -> str:
     return (
         f'<figure class="chart"><figcaption><h3>{escaped(title)}</h3></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + BOTTOM}" role="img" aria-label="{escaped(title)}">{inside}</svg></figure>'
+        f'<svg viewBox="0 0 {width} {HEIGHT + BOTTOM}" role="img" aria-label="{escaped(title)}">{inside}</svg></figure>'
     )
 
 
@@ -257,8 +268,8 @@ def _axis(axis: Axis) -> str:
 
 
 def _place(value: float) -> float:
-    """x of a value from -1 to 1."""
-    return LEFT + (WIDTH - LEFT) * (value + 1) / 2
+    """x of a value from -1 to 1 in a small figure."""
+    return SMALL * (value + 1) / 2
 
 
 def _decades(low: float, high: float) -> Axis:
