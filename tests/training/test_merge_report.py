@@ -158,7 +158,7 @@ def test_a_full_precision_run_is_its_own_merge(tree, tmp_path, capsys):
     assert main(["export", str(folder), "--to", str(tmp_path / "out")]) == 0
     models = json.loads((tmp_path / "out" / "merge_report.json").read_text())["models"]
     assert [model["what"] for model in models] == ["adapter on the base in fp32, as trained", "merged, fp32"]
-    assert abs(models[1]["kl"]) < 1e-8
+    assert abs(models[1]["kl"]) < 1e-6
     assert models[1]["changed"] == 0
     assert models[1]["loss"] == pytest.approx(evaluate_run(folder)["loss"], rel=1e-6)
 

@@ -118,7 +118,7 @@ def measure(run: Path, merged: Path, rows: Sequence[Row], dtype: str | None = No
     config, quantization = parts.config, parts.config.model.quantization
     weights_dtype = pick_dtype(dtype or config.model.dtype, torch.device("cpu"))
     trained_as = config.model.dtype if quantization == "none" else quantization
-    comparison = _Comparison(rows, config, parts.tokenizer.pad_id or 0)
+    comparison = Comparison(rows, config, parts.tokenizer.pad_id or 0)
 
     def open_merged(device: torch.device, stored: str) -> nn.Module:
         model = load_base(merged, weights_dtype, device, stored).model
@@ -160,7 +160,7 @@ def _warnings(models: Sequence[Measured], trained_as: str) -> Iterator[str]:
             )
 
 
-class _Comparison:
+class Comparison:
     """Runs models over the same batches; the first one's logits are kept to compare the others with.
 
     Args:
