@@ -42,15 +42,25 @@ def markdown(records: Sequence[Record]) -> str:
     return HEAD.format(gpu=gpu or "an unnamed GPU") + table(columns, lines) + "\n"
 
 
-def planned(record: Record, gpu: str | None) -> MemoryPlan:
-    """The plan of the configuration that a record is of, for the GPU of that name."""
+def planned(
+    record: Record,
+    gpu: str | None,
+    change: dict[str, Any] | None = None,
+    extra: dict[str, dict[str, Any]] | None = None,
+) -> MemoryPlan:
+    """The plan of the configuration that a record is of, for the GPU of that name.
+
+    Args:
+        change: fields of the work item to replace.
+        extra: section -> settings over those of the work item.
+    """
     if record["kind"] == "rows":
         # The lengths are those of files that need not be here; a packed micro-step has at most its slots.
         config = build(rows.config("model", "data", record["rows"], 1, "cuda"))
         return plan_memory(_arch("llama-3.2-1b"), config, "not read", find_gpu(gpu))
-    work = replace(WORKS[record["row"]], level=_level(record["note"]))
+    work = replace(WORKS[record["row"]], level=_level(record["note"]), **(change or {}))
     lengths = Lengths((work.tokens,) * work.rows)
-    return plan_memory(_arch(work.model), config_of(work, Path("model"), "cuda"), lengths, find_gpu(gpu))
+    return plan_memory(_arch(work.model), config_of(work, Path("model"), "cuda", extra), lengths, find_gpu(gpu))
 
 
 def _arch(model: str) -> Any:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.children import Gpu, Runner
+from bench.children import Runner
 from bench.work import WORKS
 
 LENGTHS = (256, 1024, 4096, 16384)
 MICRO_TOKENS = (16384, 131072)
 FIT: dict[str, Any] = {"rows": 1, "r": 32, "targets": "linear", "quantization": "nf4", "checkpointing": True}
+FIT_SETTINGS: dict[str, Any] = {"train": {"optimizer": "adamw8bit"}}  # as those do whose lengths are published
 GRAIN = 256  # tokens
+LIBRARY_BYTES = 170_000_000  # what kernels of libraries take of the device besides, once they are loaded
 LIMIT = 131072  # the models' positions
 
 
@@ -36,29 +38,51 @@ def run(runner: Runner, keys: Sequence[str], micro_tokens: Sequence[int], models
 
 
 def fit(runner: Runner, caps: Sequence[float], models: Path) -> None:
-    """The longest row of Llama-3.1-8B in nf4 with LoRA r=32 on every linear layer, for each cap [GB]."""
+    """The longest row of Llama-3.1-8B in nf4 with LoRA r=32 on every linear layer, 8-bit AdamW, for each cap [GB]."""
     runner.make_model("llama-3.1-8b", models)
     for cap in caps:
         labels = {"kind": "fit", "cap_gb": cap}
+        expected = planned(int(cap * 1e9))
 
         def probe(tokens: int, cap: float = cap) -> int | None:
-            idle = Gpu().used_bytes() or 0
-            arguments = {"tokens": tokens, "cap_bytes": int(cap * 1e9), "idle_bytes": idle}
-            arguments |= {"models": str(models.absolute())}
+            arguments = {"tokens": tokens, "cap_bytes": int(cap * 1e9), "models": str(models.absolute())}
             row = runner.run("ours_fit", arguments, {"kind": "fit-probe", "cap_gb": cap, "tokens": tokens})
-            return row["used_bytes"] if row["status"] == "ok" and row["fits"] else None
+            if row["status"] != "ok" or not row["trained"]:
+                return None
+            used = int(row.get("device_used_bytes") or row["device_sampled_bytes"])  # as the driver counts it
+            return used if used <= cap * 1e9 else None
 
-        tokens, refused = longest(probe, int(cap * 1e9), runner.time_is_up)
+        tokens, refused = longest(probe, int(cap * 1e9), runner.time_is_up, expected)
         status = "ok" if refused - tokens <= max(GRAIN, tokens // 50) else "not finished: time is up"
-        runner.record({**labels, "status": status, "tokens": tokens, "refused_tokens": refused})
+        row = {**labels, "status": status, "tokens": tokens, "refused_tokens": refused, "planned_tokens": expected}
+        runner.record(row)
 
 
-def longest(probe: Callable[[int], int | None], cap_bytes: int, stop: Callable[[], bool]) -> tuple[int, int]:
-    """Search the longest row that fits; memory grows about linearly, so two probes nearly give it.
+def planned(cap_bytes: int) -> int:
+    """The longest row that `fitune plan` says fits into a cap, CUDA context included; a multiple of `GRAIN`."""
+    from bench.plan import planned as plan_of  # it needs torch, which most commands here do not
+
+    def fits(tokens: int) -> bool:
+        shape = {key: FIT[key] for key in ("rows", "r", "targets")} | {"tokens": tokens}
+        record = {"kind": "step", "row": "8b-nf4", "note": "keeps `offload`"}
+        return plan_of(record, None, shape, FIT_SETTINGS).device_bytes <= cap_bytes
+
+    below, above = 0, LIMIT // GRAIN + 1
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if fits(middle * GRAIN) else (below, middle)
+    return below * GRAIN
+
+
+def longest(
+    probe: Callable[[int], int | None], cap_bytes: int, stop: Callable[[], bool], expected: int = 8 * GRAIN
+) -> tuple[int, int]:
+    """Search the longest row that fits: what is expected, a little more, then along a line.
 
     Args:
         probe: tokens -> bytes used, None if it does not fit.
         stop: True ends the search early.
+        expected: where to look first.
     Returns:
         The longest length known to fit (0: none), and the shortest known not to (`LIMIT + GRAIN`: none), within 2 % or
         one grain of each other unless stopped.
@@ -66,7 +90,7 @@ def longest(probe: Callable[[int], int | None], cap_bytes: int, stop: Callable[[
     fits, refused = 0, LIMIT + GRAIN
     used: dict[int, int] = {}
     while refused - fits > max(GRAIN, fits // 50) and not stop():
-        tokens = _guess(used, cap_bytes, fits, refused)
+        tokens = _guess(used, cap_bytes, (fits, refused), expected)
         found = probe(tokens)
         if found is None:
             refused = tokens
@@ -76,41 +100,39 @@ def longest(probe: Callable[[int], int | None], cap_bytes: int, stop: Callable[[
     return fits, refused
 
 
-def _guess(used: dict[int, int], cap_bytes: int, fits: int, refused: int) -> int:
-    """A multiple of `GRAIN` strictly between `fits` and `refused`."""
-    middle = (fits + refused) // 2
-    if len(used) < 2:
-        tokens = min(middle, 8 * GRAIN if not used else 4 * fits)
+def _guess(used: dict[int, int], cap_bytes: int, between: tuple[int, int], expected: int) -> int:
+    """A multiple of `GRAIN` strictly between what fits and what does not."""
+    fits, refused = between
+    notch = max(GRAIN, max(fits, expected) // 50)
+    if not used:
+        tokens = max(refused - 2 * notch, refused // 2) if refused <= expected else expected
+    elif len(used) == 1:
+        tokens = fits + notch if used[fits] > 0.9 * cap_bytes else 4 * fits
     else:
         (near, near_bytes), (far, far_bytes) = sorted(used.items())[-2:]
         slope = max(1.0, (far_bytes - near_bytes) / (far - near))
         tokens = int(far + (cap_bytes - far_bytes) / slope)
         if tokens >= refused:  # something else than the line's memory refused
-            tokens = middle
+            tokens = (fits + refused) // 2
         elif tokens <= fits:  # the line is used up: show that a little more does not fit
-            tokens = fits + max(GRAIN, fits // 50)
+            tokens = fits + notch
     tokens = tokens // GRAIN * GRAIN
     return max(fits + GRAIN, min(tokens, refused - GRAIN))
 
 
-def probe_task(tokens: int, cap_bytes: int, idle_bytes: int, models: str) -> dict[str, Any]:
-    """Try one length in a child: PyTorch's allocator is held to the cap less the context; all that is used counts.
-
-    Args:
-        idle_bytes: in use on the device before this process began.
-    """
+def probe_task(tokens: int, cap_bytes: int, models: str) -> dict[str, Any]:
+    """Try one length in a child: PyTorch's allocator is held to the cap less the context; nobody else uses the GPU."""
     import torch
 
     from bench import ours
 
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
-    context_bytes = max(0, total - free - idle_bytes)
-    change = {**FIT, "tokens": tokens, "warmup": 1, "steps": 2}
-    budget = {"memory": {"budget": (cap_bytes - context_bytes) / 1e9}}
+    context_bytes = total - free - torch.cuda.memory_reserved() + LIBRARY_BYTES
+    change = {**FIT, "tokens": tokens, "warmup": 0, "steps": 1}  # its first micro-step runs twice: once to be captured
+    budget = {"memory": {"budget": (cap_bytes - context_bytes) / 1e9}, **FIT_SETTINGS}
     try:
         found = ours.step("8b-nf4", models, "cuda", change, budget)
     except torch.OutOfMemoryError:
-        return {"fits": False, "context_bytes": context_bytes}
-    used = found["device_sampled_bytes"] - idle_bytes
-    return {**found, "fits": used <= cap_bytes, "used_bytes": used, "context_bytes": context_bytes}
+        return {"trained": False, "context_bytes": context_bytes}
+    return {**found, "trained": True, "context_bytes": context_bytes}

@@ -190,9 +190,9 @@ def test_curves_and_lengths_are_shown():
     one = {"kind": "curve", "case": "1b", "dtype": "bf16", "quantization": "nf4", "path": "plain", "status": "ok"}
     one |= {"path_class": "P", "losses": [2.0, 1.0], "gradient_error_to_reference": errors}
     two = one | {"path": "fast", "path_class": "F", "losses": [2.25, 0.5], "gradient_error_to_plain": errors}
-    fit = {"kind": "fit", "cap_gb": 8.0, "status": "ok", "tokens": 8192, "refused_tokens": 8448}
+    fit = {"kind": "fit", "cap_gb": 8.0, "status": "ok", "tokens": 8192, "refused_tokens": 8448, "planned_tokens": 8192}
     length = record("ours", 20.0, 3.0, path="F", micro_tokens=16384, tokens=256) | {"kind": "sweep"}
     text = markdown([one, two, fit, length])
     assert "| 1b | nf4 | fast | F | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 | 1.00e-02, 2.00e-02 |" in text
-    assert "| 8 | 8,192 | 8,448 | ok |" in text
+    assert "| 8 | 8,192 | 8,192 | 8,448 | ok |" in text
     assert "| `1b` | 16,384 | 256 | 20.0 | 102,400 | 550 | 3.00 | 3.00 | F |" in text

@@ -49,6 +49,8 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
         config = transformers.Qwen2Config(**sizes, **common, tie_word_embeddings=True)
     elif kind == "bloom":
         config = transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **common)
+    elif kind == "mpt":
+        config = transformers.MptConfig(d_model=64, n_layers=2, n_heads=4, **common)
     else:
         config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **common)
     torch.manual_seed(seed)

@@ -57,7 +57,7 @@ def train(
     if isinstance(config, str | Path):
         resolved = load_config(config, overrides)
     else:  # a RunConfig may be unresolved and unchecked: `build` does both
-        tree = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else config.model_dump()
+        tree = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else config.model_dump(exclude_unset=True)
         apply_overrides(tree, overrides)
         resolved = build(tree)
     from fitune.training.run import train as run_config

@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("files", nargs="+", metavar="FILE", help=".json, .jsonl, either also .gz")
     data.add_argument("--model", default="embedded", help="model whose tokenizer and template are used")
     data.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a data setting: max_length=512")
+    render = "show the first N rows (1 without a number) token by token: ids, what is learnt, positions"
+    data.add_argument("--render", type=_count, nargs="?", const=1, default=0, metavar="N", help=render)
     data.add_argument("--json", action="store_true", help="print JSON")
     data.set_defaults(command=_data)
 
@@ -129,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a finished run as a model folder")
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("--to", required=True, metavar="DIR", help="new folder")
-    form = "merged model, or PEFT adapter (lora) or fitune's bias file (bitfit); default: merged"
+    form = "merged model, or adapter: PEFT's files, or fitune's own for bitfit and freeze; default: merged"
     export.add_argument("--form", choices=("merged", "adapter"), default="merged", help=form)
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
     export.add_argument("--data", nargs="+", default=[], metavar="FILE", help="measure what merging changed on these")
@@ -138,23 +140,20 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
 
     convert = commands.add_parser("convert", help="write a model folder in another format")
-    convert.add_argument("source", metavar="SRC", help="model folder, hub id or `embedded`")
+    convert.add_argument("source", metavar="SRC", help="original ChatGLM2 or 3; with --quantization any model")
     convert.add_argument("target", metavar="DST", help="new folder")
     formats = "blocks in 8 or 4 bits, as transformers and bitsandbytes store them"
     convert.add_argument("--quantization", choices=("int8", "nf4", "fp4"), help=formats)
-    read = "what weights are read in before they are quantized; default: as in config.json"
+    read = "with --quantization: what weights are read in first; default: as in config.json"
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help=read)
     convert.set_defaults(command=_convert)
 
     report = commands.add_parser("quantize-report", help="what 8- and 4-bit formats do to a model, layer by layer")
     report.add_argument("model", metavar="MODEL", help="model folder, hub id or `embedded`")
-    report.add_argument(
-        "--data", nargs="+", default=[], metavar="FILE", help="rows to run through the model; default: some text"
-    )
+    rows = "rows to run through the model; default: some text"
+    report.add_argument("--data", nargs="+", default=[], metavar="FILE", help=rows)
     report.add_argument("--threshold", type=float, default=6.0, help="an input from here on is an outlier (default 6)")
-    report.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), help="of the computation; default: as in config.json"
-    )
+    report.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="to compute in; default: as in config.json")
     report.add_argument("--json", action="store_true", help="print JSON")
     report.add_argument("--to", metavar="DIR", help="new folder for report.html with plots, and report.json")
     report.set_defaults(command=_quantize_report)
@@ -168,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
 def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text:.40} is no number of rows; a whole number from 1 to 10000 is needed")
+    return int(text)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,12 +248,14 @@ def _plan(options: argparse.Namespace) -> int:
 def _planned(options: argparse.Namespace) -> tuple[RunConfig, ArchSpec, Path]:
     """Configuration, architecture and model folder; no weights are looked for, and none downloaded."""
     from fitune.config import load
+    from fitune.model.adapter import with_adapter
     from fitune.model.folder import read_config, resolve_folder, with_stored_quantization
     from fitune.plan.arch import read_arch
 
     config = load(options.config, options.overrides)
     folder = resolve_folder(config.model.path, weights=False)
-    return with_stored_quantization(config, folder), read_arch(read_config(folder)), folder
+    arch = read_arch(read_config(folder))
+    return with_adapter(with_stored_quantization(config, folder), arch), arch, folder
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -263,8 +270,8 @@ def _data(options: argparse.Namespace) -> int:
         if key in settings:
             raise ConfigError(f"--set {key}=...: the files are given on the command line: fitune data FILE ...")
     config = build({"model": {"path": options.model}, "data": settings})
-    tokenizer = Tokenizer.load(resolve_folder(options.model))
-    report = examine(tuple(options.files), config.data, tokenizer)
+    tokenizer = Tokenizer.load(resolve_folder(options.model, weights=False))
+    report = examine(tuple(options.files), config.data, tokenizer, options.render)
     print(to_json(report) if options.json else render_text(report))
     return DataError.exit_code if report.num_bad_rows else 0
 
@@ -360,21 +367,28 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    if options.quantization is None:
-        raise ConfigError("nothing to convert; give --quantization int8, nf4 or fp4")
-    from fitune.model.convert import quantize_folder
+    target = Path(options.target)
+    if options.quantization is not None:
+        from fitune.infer.convert_quantized import quantize_folder
 
-    target = quantize_folder(options.source, Path(options.target), options.quantization, options.dtype)
+        quantize_folder(options.source, target, options.quantization, options.dtype)
+    elif options.dtype is not None:
+        raise ConfigError("--dtype is what weights are read in before they are quantized; give --quantization as well")
+    else:
+        from fitune.infer.convert import convert
+        from fitune.model.folder import resolve_folder
+
+        convert(resolve_folder(options.source), target)
     print(f"written: {target}")
     return 0
 
 
 def _quantize_report(options: argparse.Namespace) -> int:
+    from fitune.infer.disk import check_free
     from fitune.infer.quantize_report import quantize_report, text
-    from fitune.model.weights import check_target
 
     if options.to:
-        check_target(Path(options.to), "--to")
+        check_free(Path(options.to), "--to")
     settings = {"files": tuple(options.data), "threshold": options.threshold, "dtype": options.dtype}
     report = quantize_report(options.model, **settings)
     print(json.dumps(report.to_json(), ensure_ascii=False) if options.json else text(report))

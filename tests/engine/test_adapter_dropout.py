@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine_models import CONFIGS, NEEDS_CUDA, TARGETS, difference, make, make_rows, run, targets_of
 from fitune.data.batches import pack
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import Unsupported, base_of
@@ -11,7 +12,6 @@ from fitune.kernels.dropout import keeps
 from fitune.methods.base import trainable
 from fitune.plan.saves import LEVELS
 from fitune.training.path import PlainPath
-from test_path import CONFIGS, NEEDS_CUDA, TARGETS, difference, make, make_rows, run
 
 P = 0.3
 
@@ -33,11 +33,11 @@ class Masked(nn.Module):
 def with_masks_of(engine, model):
     """The same model for the plain path; the masks it was given."""
     masks = []
-    for layer, block in zip(base_of(model).model.layers, engine.blocks, strict=True):
-        groups = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "down_proj": "down"}
+    for layer, block in zip(engine.layers, engine.blocks, strict=True):
+        groups = {path: block.groups[name] for name, paths in block.spec.names().items() for path in paths}
         for name, module in layer.named_modules():
             if hasattr(module, "lora_dropout"):
-                group = block.groups[groups.get(name.rsplit(".")[-1], "up")]
+                group = groups[name]
                 module.lora_dropout["default"] = Masked(group.mask)
                 masks.append(module.lora_dropout["default"])
     assert masks
@@ -65,8 +65,7 @@ def check(model, engine, bound, seed=7):
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("kind", ["llama", "glm"])
 def test_equal_to_the_plain_path_with_the_same_masks(kind, targets, level):
-    names = ["gate_up_proj"] if kind == "glm" and targets == "up alone" else TARGETS[targets]
-    model, model_type = make(kind, names, dropout=P)
+    model, model_type = make(kind, targets_of(kind, targets), dropout=P)
     check(model, EnginePath(model, model_type, level, 64, 128), 1e-5)
 
 

@@ -20,10 +20,10 @@ from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer import export as export_module
 from fitune.infer import merge
+from fitune.infer.convert_quantized import quantize_folder
 from fitune.infer.load import run_parts
 from fitune.methods import METHODS, merging
 from fitune.model import weights
-from fitune.model.convert import quantize_folder
 from fitune.model.load import load_base
 from fitune.training import run
 from tiny import make_model, make_tokenizer
@@ -303,6 +303,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from fitune.infer import merge
+from fitune.infer.convert_quantized import quantize_folder
 from fitune.infer.load import run_parts
 from fitune.model import weights
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from fitune.cli import main
 from fitune.errors import ConfigError, DataError
 from fitune.infer import quantize_report as module
+from fitune.infer.convert_quantized import quantize_folder
 from fitune.infer.quantize_report import quantize_report, text
-from fitune.model.convert import quantize_folder
 from fitune.model.load import load_base
 from fitune.model.quantize import block_linears
 from fitune.model.rounding import measure_layer

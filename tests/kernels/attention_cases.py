@@ -8,13 +8,16 @@ LENGTHS = [13, 1, 40, 1, 1, 14]  # T = 70
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def documents_of(lengths, device="cpu"):
-    start, end = [], []
-    for length in lengths:
+def documents_of(lengths, device="cpu", prefix=False):
+    """With `prefix` about the first two thirds of every document, of some none and of some all."""
+    start, end, until = [], [], []
+    for number, length in enumerate(lengths):
         begin = len(start)
         start += [begin] * length
         end += [begin + length] * length
-    return Documents(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (start, end)))
+        until += [begin + (length * 2 // 3, length, 0)[number % 3]] * length
+    rows = (start, end, until) if prefix else (start, end)
+    return Documents(*(torch.tensor(x, dtype=torch.int32, device=device) for x in rows))
 
 
 def naive(qkv, scoring, dout_Thd):
@@ -26,7 +29,10 @@ def naive(qkv, scoring, dout_Thd):
     index = torch.arange(tokens, device=q.device)
     if scoring.slopes_h is not None:
         scores_hTT = scores_hTT + scoring.slopes_h.double()[:, None, None] * (index - index[:, None])
-    seen = (index <= index[:, None]) & (index >= scoring.documents.start_T[:, None])
+    documents = scoring.documents
+    past = index <= index[:, None]
+    past = past if documents.until_T is None else past | (index < documents.until_T[:, None])
+    seen = past & (index >= documents.start_T[:, None]) & (index < documents.end_T[:, None])
     scores_hTT = scores_hTT.masked_fill(~seen, float("-inf"))
     out = torch.einsum("hij,jhd->ihd", scores_hTT.softmax(-1), v.repeat_interleave(group, 1))
     grads = torch.autograd.grad(out, (q, k, v), dout_Thd.double())
@@ -34,19 +40,27 @@ def naive(qkv, scoring, dout_Thd):
 
 
 class Case:
-    """Inputs as views into one row buffer, outputs in buffers full of NaN, so that whatever is not written shows."""
+    """Inputs as views into one row buffer, outputs in buffers full of NaN, so that whatever is not written shows.
 
-    def __init__(self, lengths, heads, kv_heads, width, dtype, alibi=False, device="cpu"):
+    `kind` holds any of: alibi, prefix, fused (rows are [q | k | v] of one head after another).
+    """
+
+    def __init__(self, lengths, heads, kv_heads, width, dtype, kind="", device="cpu"):
         torch.manual_seed(0)
+        alibi, prefix = "alibi" in kind, "prefix" in kind
         tokens, n = sum(lengths), (heads + 2 * kv_heads) * width
+
+        def views(rows_Tn):
+            return QKV.of_heads(rows_Tn, heads) if "fused" in kind else QKV.of_rows(rows_Tn, heads, kv_heads)
+
         self.rows_Tn = torch.randn(tokens, n + 8, device=device).to(dtype)
-        self.qkv = QKV.of_rows(self.rows_Tn[:, :n], heads, kv_heads)
+        self.qkv = views(self.rows_Tn[:, :n])
         slopes_h = torch.tensor([2.0 ** -(i + 1) for i in range(heads)], device=device) if alibi else None
-        self.scoring = Scoring(documents_of(lengths, device), 1.3 / width**0.5, slopes_h)
+        self.scoring = Scoring(documents_of(lengths, device, prefix), 1.3 / width**0.5, slopes_h)
         rows = torch.randn(tokens, heads * width + 8, device=device).to(dtype)
         self.dout_Thd = rows[:, 8:].unflatten(1, (heads, width))
         self.drows_Tn = torch.full_like(self.rows_Tn, float("nan"))
-        self.dqkv = QKV.of_rows(self.drows_Tn[:, :n], heads, kv_heads)
+        self.dqkv = views(self.drows_Tn[:, :n])
         self.out_Thd = torch.full_like(rows, float("nan"))[:, 8:].unflatten(1, (heads, width))
         self.lse_hT = torch.full((heads, tokens), float("nan"), device=device)
         self.delta_hT = torch.full_like(self.lse_hT, float("nan"))

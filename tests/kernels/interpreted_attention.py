@@ -24,21 +24,23 @@ def _loop_bounds_are_integers(monkeypatch):
 
 
 # fp16 for 16 bits: the interpreter multiplies the bits of bf16 as if they were integers
+CAUSAL = [
+    (4, 2, 16, torch.float32, "", False),
+    (4, 2, 24, torch.float32, "alibi", False),
+    (2, 1, 32, torch.float16, "", True),
+    (2, 2, 32, torch.float16, "alibi fused", True),
+]
+PREFIX = [(2, 2, 24, torch.float32, "prefix fused", False), (2, 1, 32, torch.float16, "prefix", True)]
+CUTS = [(LENGTHS, (16, 16)), (LENGTHS, (32, 16)), (LENGTHS, (16, 32)), ([70], (32, 16)), ([16, 16, 1, 33], (16, 32))]
+PREFIX_CUTS = [([45, 1, 13, 11], (16, 16)), ([30, 40], (16, 32)), ([60, 6, 2], (32, 16)), ([66], (16, 32))]
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "dtype", "alibi", "tma"),
-    [
-        (4, 2, 16, torch.float32, False, False),
-        (4, 2, 24, torch.float32, True, False),
-        (2, 1, 32, torch.float16, False, True),
-        (2, 2, 32, torch.float16, True, True),
-    ],
+    ("lengths", "blocks", "heads", "kv_heads", "width", "dtype", "kind", "tma"),
+    [(*cut, *case) for cuts, cases in ((CUTS, CAUSAL), (PREFIX_CUTS, PREFIX)) for cut in cuts for case in cases],
 )
-@pytest.mark.parametrize(
-    ("lengths", "blocks"),
-    [(LENGTHS, (16, 16)), (LENGTHS, (32, 16)), (LENGTHS, (16, 32)), ([70], (32, 16)), ([16, 16, 1, 33], (16, 32))],
-)
-def test_the_kernels_are_a_softmax(lengths, blocks, heads, kv_heads, width, dtype, alibi, tma):
-    case = Case(lengths, heads, kv_heads, width, dtype, alibi)
+def test_the_kernels_are_a_softmax(lengths, blocks, heads, kv_heads, width, dtype, kind, tma):
+    case = Case(lengths, heads, kv_heads, width, dtype, kind)
     tile = Tile(*blocks, 4, 2, tma)
     got = run_triton(case, tile, tile, tile)
     assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])

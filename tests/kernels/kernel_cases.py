@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fitune.kernels import cross_entropy, norm, rope, swiglu
+from fitune.kernels import cross_entropy, norm, rope, sums, swiglu
 
 NAN = float("nan")
 EPS = 1e-5
@@ -26,7 +26,7 @@ Case = tuple[Callable[[types.SimpleNamespace], Outputs], Outputs]
 def reference() -> types.SimpleNamespace:
     """The plain PyTorch bodies under the names of the public functions."""
     found = {}
-    for module in (norm, rope, swiglu, cross_entropy):
+    for module in (norm, rope, swiglu, sums, cross_entropy):
         for name, function in vars(module).items():
             if name.endswith("_reference"):
                 found[name.removesuffix("_reference")] = function
@@ -36,16 +36,16 @@ def reference() -> types.SimpleNamespace:
 
 def triton_bodies() -> types.SimpleNamespace:
     """The Triton bodies; the caller decides whether they run on a GPU or under the interpreter."""
-    from fitune.kernels import cross_entropy_triton, norm_triton, rope_triton, swiglu_triton
+    from fitune.kernels import cross_entropy_triton, norm_triton, rope_triton, sums_triton, swiglu_triton
 
     names = vars(reference())
-    modules = (norm_triton, rope_triton, swiglu_triton, cross_entropy_triton)
+    modules = (norm_triton, rope_triton, swiglu_triton, sums_triton, cross_entropy_triton)
     return types.SimpleNamespace(**{name: getattr(m, name) for m in modules for name in names if hasattr(m, name)})
 
 
 def public() -> types.SimpleNamespace:
     """The public functions, which choose by device; `rotate` takes the direction as the bodies do."""
-    found = {name: getattr(m, name) for m in (norm, rope, swiglu, cross_entropy) for name in dir(m)}
+    found = {name: getattr(m, name) for m in (norm, rope, swiglu, sums, cross_entropy) for name in dir(m)}
 
     def rotate(x, rotary, positions, heads, out, inverse):
         (rope.rotate_backward if inverse else rope.rotate)(x, rotary, positions, heads, out)
@@ -149,13 +149,15 @@ def add_norm(bench, width, layer, branch=True, in_place=False, weight_dtype=None
     return run, truth
 
 
-def norm_backward(bench, width, layer, in_place=False, want_y=True) -> Case:
+def norm_backward(bench, width, layer, in_place=False, want_y=True, carried=None) -> Case:
     x, dy, d = (bench.random(bench.tokens, width) for _ in range(3))
     x = x + 0.5
-    frozen = norm.Norm(bench.random(width), bench.random(width) if layer else None, EPS)
+    frozen = norm.Norm(bench.random(width), bench.random(width) if layer else None, EPS, carried)
     x64 = x.double().requires_grad_()
     y64 = _norm64(x64, frozen.weight_H.double(), None if frozen.bias_H is None else frozen.bias_H.double(), layer)
-    y64.backward(dy.double())
+    # The stream's gradient is d whether it passes beside the norm or through it.
+    stream64 = x64 if carried is None else carried * y64
+    torch.autograd.backward([y64, stream64], [dy.double(), d.double()])
     mean = x.float().mean(1) if layer else None
     centred = x.float() if mean is None else x.float() - mean[:, None]
     rstd = torch.rsqrt(centred.pow(2).mean(1) + EPS)
@@ -166,7 +168,7 @@ def norm_backward(bench, width, layer, in_place=False, want_y=True) -> Case:
         body.norm_backward(grad, bench.view(x), frozen, rstd, mean, stream, y)
         return {"d": stream} | ({} if y is None else {"y": y})
 
-    return run, {"d": d.double() + x64.grad} | ({"y": y64.detach()} if want_y else {})
+    return run, {"d": x64.grad} | ({"y": y64.detach()} if want_y else {})
 
 
 def swiglu_case(bench, width) -> Case:
@@ -216,6 +218,19 @@ def gelu_case(bench, width, in_place=False) -> Case:
     return run, {"y": y64.detach(), "dx": x64.grad, "act": y64.detach()}
 
 
+def sums_case(bench, width) -> Case:
+    x, old, scale = bench.random(bench.tokens, width), bench.random(width, dtype=torch.float32), 0.37
+
+    def run(body):
+        into = torch.full((width + 2,), NAN, device=bench.device)
+        into[1:-1] = old
+        body.add_column_sums(bench.view(x), scale, into[1:-1])
+        assert into[[0, -1]].isnan().all()
+        return {"sums": into[1:-1]}
+
+    return run, {"sums": old.double() + scale * x.double().sum(0)}
+
+
 def tables(bench, pairs, positions=64, dtype=torch.float32):
     angle = torch.arange(positions, device=bench.device)[:, None] * torch.logspace(0, -3, pairs, device=bench.device)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -225,44 +240,46 @@ def turned64(x, rotary, positions, inverse=False):
     """(T, n) float64 rotated pair by pair, as complex numbers."""
     pairs, d = rotary.cos_PR.shape[1], rotary.head_dim
     x = x.unflatten(1, (-1, d))
-    first = torch.arange(0, 2 * pairs, 2) if rotary.interleaved else torch.arange(pairs)
-    second = first + 1 if rotary.interleaved else first + pairs
-    angle = torch.complex(rotary.cos_PR.double(), rotary.sin_PR.double())[positions.long()][:, None]
-    z = torch.complex(x[..., first], x[..., second]) * (angle.conj() if inverse else angle)
     out = x.clone()
-    out[..., first], out[..., second] = z.real, z.imag
+    turned = torch.arange(x.shape[1]) % 3 < 2 if rotary.fused else torch.ones(x.shape[1], dtype=torch.bool)
+    for axis in range(rotary.axes):
+        first = torch.arange(0, 2 * pairs, 2) if rotary.interleaved else torch.arange(pairs)
+        first = first + 2 * pairs * axis
+        second = first + 1 if rotary.interleaved else first + pairs
+        angle = torch.complex(rotary.cos_PR.double(), rotary.sin_PR.double())[positions[axis].long()][:, None]
+        z = torch.complex(x[..., first], x[..., second])[:, turned] * (angle.conj() if inverse else angle)
+        for part, values in ((first, z.real), (second, z.imag)):
+            kept = out[..., part]
+            kept[:, turned] = values
+            out[..., part] = kept
     return out.flatten(1)
 
 
-def _positions(bench, dtype=torch.int64):
-    return torch.randint(0, 64, (bench.tokens,), generator=bench.generator, device=bench.device).to(dtype)
+def _positions(bench, dtype=torch.int64, axes=1):
+    drawn = torch.randint(0, 64, (axes, bench.tokens), generator=bench.generator, device=bench.device)
+    wide = torch.zeros(axes, bench.tokens + 3, dtype=dtype, device=bench.device)
+    wide[:, : bench.tokens] = drawn
+    return wide[:, : bench.tokens]
 
 
-def rotate_case(bench, heads, pairs, head_dim, interleaved=False, in_place=False, inverse=False) -> Case:
-    rotary = rope.Rotary(*tables(bench, pairs, dtype=bench.dtype), head_dim, interleaved)
-    x, positions = bench.random(bench.tokens, heads * head_dim), _positions(bench, torch.int32)
+def rotate_case(bench, heads, rotary_of, in_place=False, inverse=False) -> Case:
+    """`rotary_of`: (pairs, head_dim) and then what else `Rotary` takes; of fused heads a third is not turned."""
+    pairs, *rest = rotary_of
+    rotary = rope.Rotary(*tables(bench, pairs, dtype=bench.dtype), *rest)
+    width = heads * rotary.head_dim
+    x, positions = bench.random(bench.tokens, width), _positions(bench, torch.int32, rotary.axes)
 
     def run(body):
         rows = bench.view(x)
-        out = rows if in_place else bench.empty(heads * head_dim)
-        body.rotate(rows, rotary, positions, heads, out, inverse)
+        out = rows if in_place else bench.empty(width)
+        body.rotate(rows, rotary, positions, heads * 2 // 3 if rotary.fused else heads, out, inverse)
+        if rotary.fused and not in_place:
+            values = out.unflatten(1, (-1, 3, rotary.head_dim))[:, :, 2]
+            assert values.isnan().all(), "values were written"
+            values.copy_(x.unflatten(1, (-1, 3, rotary.head_dim))[:, :, 2])
         return {"out": out}
 
     return run, {"out": turned64(x.double(), rotary, positions, inverse)}
-
-
-def pack_case(bench, heads, kv_heads, pairs, head_dim, interleaved=False) -> Case:
-    rotary = rope.Rotary(*tables(bench, pairs), head_dim, interleaved)
-    dq, dk, dv = (bench.random(bench.tokens, n * head_dim) for n in (heads, kv_heads, kv_heads))
-    positions = _positions(bench)
-
-    def run(body):
-        out = bench.empty((heads + 2 * kv_heads) * head_dim)
-        body.pack_gradients(bench.view(dq), bench.view(dk), bench.view(dv), rotary, positions, out)
-        return {"out": out}
-
-    q, k = (turned64(x.double(), rotary, positions, True) for x in (dq, dk))
-    return run, {"out": torch.cat([q, k, dv.double()], 1)}
 
 
 def _head_norm64(x, weight, head_dim):
@@ -270,9 +287,10 @@ def _head_norm64(x, weight, head_dim):
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight).flatten(1)
 
 
-def qk_norm_case(bench, heads, kv_heads, pairs, head_dim, interleaved=False, in_place=False) -> Case:
+def qk_norm_case(bench, heads, kv_heads, rotary_of, in_place="") -> Case:
     """Forward and backward of the q and k norms with rotation."""
-    rotary = rope.Rotary(*tables(bench, pairs), head_dim, interleaved)
+    pairs, head_dim, *rest = rotary_of
+    rotary = rope.Rotary(*tables(bench, pairs), head_dim, *(rest or [False]))
     frozen = rope.HeadNorm(bench.random(head_dim), bench.random(head_dim), EPS)
     q_end, k_end, end = (n * head_dim for n in (heads, heads + kv_heads, heads + 2 * kv_heads))
     x, positions = bench.random(bench.tokens, end), _positions(bench)
@@ -282,8 +300,10 @@ def qk_norm_case(bench, heads, kv_heads, pairs, head_dim, interleaved=False, in_
         q, k, rows = bench.empty(q_end), bench.empty(k_end - q_end), bench.view(x)
         body.qk_norm_rotate(rows, frozen, rotary, positions, q, k)
         assert torch.equal(rows, x)
-        out = rows if in_place else bench.empty(end)
-        body.qk_norm_rotate_backward(tuple(map(bench.view, grads)), rows, frozen, rotary, positions, out)
+        joined = bench.view(torch.cat(grads, 1))
+        parts = joined[:, :q_end], joined[:, q_end:k_end], joined[:, k_end:]
+        out = {"": bench.empty(end), "x": rows, "gradients": joined}[in_place]
+        body.qk_norm_rotate_backward(parts, rows, frozen, rotary, positions, out)
         return {"q": q, "k": k, "dqkv": out}
 
     x64 = x.double().requires_grad_()
@@ -344,6 +364,8 @@ SMALL: dict[str, Callable[[Bench], Case]] = {
     "rms backward, no y": lambda b: norm_backward(b, 24, False, want_y=False),
     "layer backward": lambda b: norm_backward(b, 96, True),
     "layer backward in place": lambda b: norm_backward(b, 48, True, in_place=True),
+    "rms backward, carried": lambda b: norm_backward(b, 48, False, carried=7.5),
+    "layer backward, carried": lambda b: norm_backward(b, 48, True, in_place=True, carried=7.5),
     "swiglu": lambda b: swiglu_case(b, 48),
     "swiglu, two blocks": lambda b: swiglu_case(b, 1100),
     "swiglu backward": lambda b: swiglu_backward(b, 48),
@@ -351,23 +373,28 @@ SMALL: dict[str, Callable[[Bench], Case]] = {
     "swiglu backward, no act": lambda b: swiglu_backward(b, 24, want_act=False),
     "gelu": lambda b: gelu_case(b, 96),
     "gelu in place": lambda b: gelu_case(b, 1100, in_place=True),
-    "rotate": lambda b: rotate_case(b, 6, 8, 16),
-    "rotate in place": lambda b: rotate_case(b, 3, 12, 24, in_place=True),
-    "rotate, part of a head": lambda b: rotate_case(b, 3, 4, 20),
-    "rotate back": lambda b: rotate_case(b, 3, 8, 16, inverse=True),
-    "rotate, many heads": lambda b: rotate_case(b, 40, 32, 64),
-    "interleaved": lambda b: rotate_case(b, 3, 8, 16, interleaved=True),
-    "interleaved, part, in place": lambda b: rotate_case(b, 3, 6, 24, interleaved=True, in_place=True),
-    "interleaved, part, back": lambda b: rotate_case(b, 3, 6, 24, interleaved=True, inverse=True),
-    "pack": lambda b: pack_case(b, 6, 2, 8, 16),
-    "pack, part, odd heads": lambda b: pack_case(b, 7, 3, 4, 12),
-    "pack, interleaved": lambda b: pack_case(b, 4, 2, 4, 16, interleaved=True),
-    "pack, many heads": lambda b: pack_case(b, 40, 33, 32, 64),
-    "q k norm": lambda b: qk_norm_case(b, 6, 2, 8, 16),
-    "q k norm in place": lambda b: qk_norm_case(b, 7, 3, 12, 24, in_place=True),
-    "q k norm, part": lambda b: qk_norm_case(b, 4, 2, 4, 12, in_place=True),
-    "q k norm, interleaved, part": lambda b: qk_norm_case(b, 4, 2, 4, 12, interleaved=True),
-    "q k norm, many heads": lambda b: qk_norm_case(b, 40, 33, 32, 64, in_place=True),
+    "column sums": lambda b: sums_case(b, 96),
+    "column sums, odd": lambda b: sums_case(b, 35),
+    "rotate": lambda b: rotate_case(b, 6, (8, 16, False)),
+    "rotate in place": lambda b: rotate_case(b, 3, (12, 24, False), in_place=True),
+    "rotate, part of a head": lambda b: rotate_case(b, 3, (4, 20, False)),
+    "rotate back": lambda b: rotate_case(b, 3, (8, 16, False), inverse=True),
+    "rotate, many heads": lambda b: rotate_case(b, 40, (32, 64, False)),
+    "interleaved": lambda b: rotate_case(b, 3, (8, 16, True)),
+    "interleaved, part, in place": lambda b: rotate_case(b, 3, (6, 24, True), in_place=True),
+    "interleaved, part, back": lambda b: rotate_case(b, 3, (6, 24, True), inverse=True),
+    "two axes": lambda b: rotate_case(b, 6, (4, 16, False, 2)),
+    "two axes, part, back": lambda b: rotate_case(b, 3, (3, 20, False, 2), inverse=True),
+    "two axes, interleaved": lambda b: rotate_case(b, 3, (4, 16, True, 2)),
+    "fused": lambda b: rotate_case(b, 9, (8, 16, False, 1, True)),
+    "fused, two axes, in place": lambda b: rotate_case(b, 9, (4, 16, False, 2, True), in_place=True),
+    "fused, two axes, many heads": lambda b: rotate_case(b, 60, (16, 64, False, 2, True), inverse=True),
+    "q k norm": lambda b: qk_norm_case(b, 6, 2, (8, 16)),
+    "q k norm in place": lambda b: qk_norm_case(b, 7, 3, (12, 24), in_place="x"),
+    "q k norm in place of gradients": lambda b: qk_norm_case(b, 7, 3, (12, 24), in_place="gradients"),
+    "q k norm, part": lambda b: qk_norm_case(b, 4, 2, (4, 12), in_place="gradients"),
+    "q k norm, interleaved, part": lambda b: qk_norm_case(b, 4, 2, (4, 12, True)),
+    "q k norm, many heads": lambda b: qk_norm_case(b, 40, 33, (32, 64), in_place="gradients"),
     "cross entropy": lambda b: cross_entropy_case(b, 100),
     "cross entropy, three blocks": lambda b: cross_entropy_case(b, 33003),
 }

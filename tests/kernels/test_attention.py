@@ -14,10 +14,10 @@ from fitune.kernels.attention import attention, attention_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("kind", ["", "alibi", "prefix", "alibi prefix"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
-def test_the_reference_is_a_softmax_over_the_own_document(heads, kv_heads, alibi, dtype):
-    case = Case(LENGTHS, heads, kv_heads, 24, dtype, alibi)
+def test_the_reference_is_a_softmax_over_the_own_document(heads, kv_heads, kind, dtype):
+    case = Case(LENGTHS, heads, kv_heads, 24, dtype, kind + (" fused" if heads == kv_heads else ""))
     assert_near(case.run(), naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
     assert case.drows_Tn[:, -8:].isnan().all()
 
@@ -34,12 +34,21 @@ def test_a_dtype_without_kernel_is_refused():
         case.run()
 
 
+def test_heads_at_different_distances_are_refused():
+    pytest.importorskip("triton")
+    from fitune.kernels.attention_triton import _head_stride
+
+    fused, blocks = (Case([4], 2, 2, 16, torch.float32, kind) for kind in ("fused", ""))
+    with pytest.raises(ValueError, match=r"\[16, 48\] elements apart"):
+        _head_stride(fused.qkv, blocks.dqkv)
+
+
 def test_the_kernels_under_the_interpreter():
     """In a process of its own: the interpreter must be switched on before anything imports triton."""
     pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_attention.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider", "-p", "no:benchmark"],
         cwd=file.parent.parent.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -52,12 +61,13 @@ def test_the_kernels_under_the_interpreter():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("kind", ["", "alibi", "prefix"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (4, 4)])
 @pytest.mark.parametrize("width", [32, 64, 80, 96, 128, 256])
-def test_the_kernels_on_a_gpu(width, heads, kv_heads, dtype, alibi):
-    case = Case([700, 1, 1, 1025, 3, 330], heads, kv_heads, width, dtype, alibi, "cuda")
+def test_the_kernels_on_a_gpu(width, heads, kv_heads, dtype, kind):
+    kind += " fused" if heads == kv_heads else ""
+    case = Case([700, 1, 1, 1025, 3, 330], heads, kv_heads, width, dtype, kind, "cuda")
     assert_near(case.run(), naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
     assert case.drows_Tn[:, -8:].isnan().all()
 
@@ -78,16 +88,19 @@ def test_the_kernels_repeat_their_bits_and_allocate_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_graph_serves_other_documents_of_as_many_tokens():
-    case = Case([300, 212], 4, 2, 64, torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("kind", ["", "prefix"])
+def test_one_graph_serves_other_documents_of_as_many_tokens(kind):
+    case = Case([300, 212], 4, 2, 64, torch.bfloat16, kind, "cuda")
     case.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         attention(case.qkv, case.scoring, case.out_Thd, case.lse_hT)
         attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, case.delta_hT)
-    other = documents_of([1, 130, 381], "cuda")
-    case.scoring.documents.start_T.copy_(other.start_T)
-    case.scoring.documents.end_T.copy_(other.end_T)
+    other, documents = documents_of([1, 130, 381], "cuda", prefix=True), case.scoring.documents
+    documents.start_T.copy_(other.start_T)
+    documents.end_T.copy_(other.end_T)
+    if documents.until_T is not None:
+        documents.until_T.copy_(other.until_T)
     graph.replay()
     got = case.out_Thd, case.lse_hT, case.dqkv.q_Thd, case.dqkv.k_Tgd, case.dqkv.v_Tgd
     assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[torch.bfloat16])

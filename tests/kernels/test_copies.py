@@ -54,7 +54,7 @@ def test_rows_that_do_not_fit_are_refused():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_under_the_interpreter():
     file = Path(__file__).with_name("interpreted_copies.py")
-    command = [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     ended = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"6 passed", ended.stdout) or ended.stdout.count(".") >= 6

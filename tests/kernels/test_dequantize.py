@@ -52,7 +52,7 @@ def run_bodies(**environment):
     """In a process of its own: the interpreter must be switched on, or not, before anything imports triton."""
     file = Path(__file__).with_name("interpreted_quantized.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(file), "-n", "0", "-p", "no:cacheprovider", "-p", "no:benchmark"],
         cwd=file.parent.parent.parent,
         env=os.environ | environment,
         capture_output=True,

@@ -14,7 +14,7 @@ from fitune.kernels.dropout import Dropout, Mask, drop, drop_add, keeps, random_
 
 CPU = torch.device("cpu")
 CODE = Path(__file__).parent / "interpreted_dropout.py"
-COMMAND = [sys.executable, "-m", "pytest", str(CODE), "-n", "0", "-p", "no:cacheprovider"]
+COMMAND = [sys.executable, "-m", "pytest", str(CODE), "-n", "0", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 
 
 def make(seed=0, stream=0, probability=0.3):

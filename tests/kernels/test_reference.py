@@ -8,7 +8,8 @@ import torch
 
 from fitune.kernels.cross_entropy import cross_entropy_, loss_only
 from fitune.kernels.norm import Norm, add_norm, norm_backward
-from fitune.kernels.rope import HeadNorm, Rotary, pack_gradients, qk_norm_rotate, rotate
+from fitune.kernels.rope import HeadNorm, Rotary, qk_norm_rotate, qk_norm_rotate_backward, rotate
+from fitune.kernels.sums import add_column_sums
 from fitune.kernels.swiglu import gelu_backward, swiglu, swiglu_backward
 from kernel_cases import DTYPES, SMALL, Bench, check_not_finite, judge, public
 
@@ -39,8 +40,11 @@ def test_a_target_outside_the_vocabulary_is_refused():
 
 X, VECTOR = torch.zeros(4, 8), torch.zeros(4)
 RMS = Norm(torch.ones(8), None, 1e-5)
-TURN = Rotary(torch.ones(9, 2), torch.zeros(9, 2), 4, False)
-AT = torch.arange(4)
+AXES = torch.ones(9, 1), torch.zeros(9, 1)
+TURN_BOTH = torch.ones(9, 2), torch.zeros(9, 2)
+TURN = Rotary(*TURN_BOTH, 4, False)
+AT = torch.arange(4)[None]
+HEADS = HeadNorm(VECTOR, VECTOR, 0.0)
 REFUSED = {
     "column stride 1": lambda: add_norm(torch.zeros(8, 4).T, None, RMS, None, X, VECTOR, None),
     "at most 16384": lambda: add_norm(torch.zeros(1, 16385), None, RMS, None, X, VECTOR, None),
@@ -54,13 +58,19 @@ REFUSED = {
     r"dx_TI .*\(4, at least 8\)": lambda: gelu_backward(X, X, X[:, :2], None),
     "two of the same shape": lambda: rotate(X, Rotary(torch.ones(9, 3), torch.ones(9, 3), 4, False), AT, 2, X),
     r"out_Tn .*\(4, at least 8\)": lambda: rotate(X, TURN, AT, 2, X[:, :4]),
-    "pass whole heads": lambda: pack_gradients(X[:, :6], X, X, TURN, AT, X),
-    "as many of v as of k": lambda: pack_gradients(X, X[:, :4], X, TURN, AT, X),
+    r"positions_AT .*\(2, at least 4\)": lambda: rotate(X, Rotary(*AXES, 4, False, axes=2), AT, 2, X),
+    "2 axes; pass": lambda: rotate(X, Rotary(*TURN_BOTH, 4, False, axes=2), AT.expand(2, 4), 2, X),
+    r"x_Tn .*at least 24": lambda: rotate(X, Rotary(*TURN_BOTH, 8, False, fused=True), AT, 2, X),
+    "cannot be normed": lambda: qk_norm_rotate(X, HEADS, Rotary(*TURN_BOTH, 4, False, fused=True), AT, X, X),
+    "pass whole heads": lambda: qk_norm_rotate_backward((X[:, :6], X, X), X, HEADS, TURN, AT, X),
+    "as many of v as of k": lambda: qk_norm_rotate_backward((X, X[:, :4], X), X, HEADS, TURN, AT, X),
+    r"x_TN .*at least 9": lambda: add_column_sums(X, 1.0, torch.zeros(9)),
+    "into_N": lambda: add_column_sums(X, 1.0, torch.zeros(8)[::2]),
     "k_weight_d .*at least 4": lambda: qk_norm_rotate(X, HeadNorm(VECTOR, VECTOR[:2], 0.0), TURN, AT, X, X),
     "qkv_Tn .*at least 24": lambda: qk_norm_rotate(X, HeadNorm(VECTOR, VECTOR, 0.0), TURN, AT, X, X),
-    "pass int64": lambda: cross_entropy_(X, AT.int(), torch.tensor(1.0), VECTOR),
+    "pass int64": lambda: cross_entropy_(X, AT[0].int(), torch.tensor(1.0), VECTOR),
     "pass as many": lambda: loss_only(X, torch.arange(5), VECTOR),
-    r"shape \(\)": lambda: cross_entropy_(X, AT, torch.ones(1), VECTOR),
+    r"shape \(\)": lambda: cross_entropy_(X, AT[0], torch.ones(1), VECTOR),
 }
 
 
@@ -72,6 +82,6 @@ def test_buffers_that_do_not_fit_are_refused(message):
 
 def test_works_without_triton():
     code = "import sys; sys.modules['triton'] = None\n"
-    code += "import torch\nfrom fitune.kernels import cross_entropy, norm, rope, swiglu\n"
+    code += "import torch\nfrom fitune.kernels import cross_entropy, norm, rope, sums, swiglu\n"
     code += "x = torch.ones(2, 4)\nswiglu.gelu(x, x)\nprint(x.sum().item() < 8)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"

@@ -74,7 +74,7 @@ def test_rotation_is_transformers(family, dtype):
     cos, sin = (torch.cat([table[positions]] * 2, 1)[None] for table in (rotary.cos_PR, rotary.sin_PR))
     expected = [x[0].transpose(0, 1).flatten(1) for x in family.apply_rotary_pos_emb(q, k, cos, sin)]
     value = qkv[:, 80:].clone()
-    rotate(qkv, rotary, positions, heads + kv_heads, qkv)
+    rotate(qkv, rotary, positions[None], heads + kv_heads, qkv)
     within_rounding(qkv[:, :80], torch.cat(expected, 1))
     assert torch.equal(qkv[:, 80:], value)
 
@@ -92,13 +92,13 @@ def test_q_and_k_norm_are_qwen3s(dtype):
     q_out, k_out, v_out = (x[0].transpose(0, 1).flatten(1) for x in (*pair, v))
     frozen = HeadNorm(q_norm.weight.data, k_norm.weight.data, 1e-5)
     got_q, got_k = bench.empty(64), bench.empty(32)
-    qk_norm_rotate(qkv.data, frozen, rotary, positions, got_q, got_k)
+    qk_norm_rotate(qkv.data, frozen, rotary, positions[None], got_q, got_k)
     within_rounding(got_q, q_out.to(dtype))
     within_rounding(got_k, k_out.to(dtype))
     grads = (bench.random(T, 64), bench.random(T, 32), bench.random(T, 32))
     torch.autograd.backward([q_out, k_out, v_out], [g.to(x) for g, x in zip(grads, (q_out, k_out, v_out), strict=True)])
     out = bench.empty(128)
-    qk_norm_rotate_backward(grads, qkv.data, frozen, rotary, positions, out)
+    qk_norm_rotate_backward(grads, qkv.data, frozen, rotary, positions[None], out)
     assert (out.double() - qkv.grad.double()).norm() < 4 * torch.finfo(dtype).eps * qkv.grad.double().norm()
 
 

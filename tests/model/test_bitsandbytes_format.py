@@ -15,16 +15,16 @@ from fitune.config import build
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import Unsupported
 from fitune.errors import CheckpointError, ConfigError
+from fitune.infer.convert_quantized import quantize_folder
 from fitune.kernels import int8
 from fitune.methods import METHODS
 from fitune.model.bitsandbytes_format import stored_weights
-from fitune.model.convert import quantize_folder
 from fitune.model.folder import inspect_folder
 from fitune.model.libraries import import_bitsandbytes
-from fitune.model.load import Base, load_base
+from fitune.model.load import Base, load_base, open_weights
 from fitune.model.quantize import QuantLinear, use_int8
 from fitune.model.quantizers import absmax_table
-from fitune.model.weights import WeightFiles
+from fitune.model.weights import ShardWriter
 from tiny import make_model
 
 CPU = torch.device("cpu")
@@ -193,7 +193,9 @@ def test_what_stands_beside_the_weights(sources, tmp_path, capsys):
 
 def test_nothing_to_convert(sources, tmp_path, capsys):
     assert main(["convert", str(sources["llama"]), str(tmp_path / "out")]) == 2
-    assert "nothing to convert; give --quantization int8, nf4 or fp4" in capsys.readouterr().err
+    assert "is a llama folder, which needs no conversion" in capsys.readouterr().err
+    assert main(["convert", str(sources["llama"]), str(tmp_path / "out"), "--dtype", "bf16"]) == 2
+    assert "give --quantization as well" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -215,7 +217,7 @@ def test_bad_sources_and_targets(sources, tmp_path):
     with pytest.raises(ConfigError, match=r"`dtype` is 'float8'; say what to read weights in: --dtype bf16"):
         quantize_folder(str(copy), tmp_path / "out", "nf4")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="nothing was left there"):
+    with pytest.raises(CheckpointError, match="a part of this path is a file"):
         quantize_folder(str(sources["llama"]), tmp_path / "file" / "out", "nf4")
     assert not (tmp_path / "out").exists()
 
@@ -319,8 +321,6 @@ def test_layers_that_were_left_out_stay_whole(made):
 
 
 def test_files_of_several_shards(sources, tmp_path):
-    from fitune.model.weights import ShardWriter
-
     folder = quantize_folder(str(sources["llama"]), tmp_path / "nf4", "nf4", "fp32")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -330,7 +330,7 @@ def test_files_of_several_shards(sources, tmp_path):
     writer.finish()
     files = inspect_folder(folder).weight_files
     assert len(files) > 3
-    assert len(stored_weights(WeightFiles(folder, files))) == 14
+    assert len(stored_weights(open_weights(folder, inspect_folder(folder)))) == 14
     ours = load_base(sources["llama"], "fp32", CPU, "nf4").model
     assert torch.equal(logits(load_base(folder, "fp32", CPU).model), logits(ours))
 

@@ -381,8 +381,13 @@ def test_a_gpu_makes_the_same_bytes_with_little_memory(quantization):
     quantize_blocks(model, quantization, cuda)
     final = torch.cuda.memory_allocated()
     assert torch.cuda.max_memory_allocated() - final <= 100e6
-    assert final - start < 0.315e9
-    for (name, ours), (_, cpu) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
+    stored = dict(model.named_buffers(remove_duplicate=False))  # a constant table may be one tensor of all layers
+    on_gpu = [buffer for buffer in stored.values() if buffer.is_cuda]
+    slack = 2**20 * len(on_gpu)  # the allocator hands out a whole block where less than 1 MiB of it would be left
+    assert final - start < sum(buffer.nbytes for buffer in on_gpu) + slack
+    for (name, ours), cpu in zip(
+        stored.items(), dict(expected.named_buffers(remove_duplicate=False)).values(), strict=True
+    ):
         if "rotary" not in name:
             assert same_bytes(ours.cpu(), cpu), name
 

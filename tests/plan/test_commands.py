@@ -43,6 +43,32 @@ def test_params(yaml, capsys):
     assert (found["trainable_parameters"], found["base_parameters"]) == (3_784_704, 6_243_584_000)
 
 
+@pytest.mark.parametrize(
+    ("folder", "overrides", "shown"),
+    [
+        ("llama-3.2-1b", [], "851,968 of 1,236,666,368 parameters (0.0689 %)"),
+        ("llama-2-13b", [], "6,553,600 of 13,022,417,920"),
+        ("bloom-1b4-zh", [], "1,572,864 of"),
+        ("bloom-1b4-zh", ["method.name=bitfit"], "544,768 of 1,303,111,680 parameters (0.0418 %)"),
+        ("bloom-1b4-zh", ["method.name=prompt", "method.num_virtual_tokens=10"], "20,480 of"),
+        ("bloom-1b4-zh", ["method.name=ptuning", "method.num_virtual_tokens=10", "method.encoder_hidden_size=1024"],
+         "5,267,456 of"),
+        ("bloom-1b4-zh", ["method.name=prefix", "method.num_virtual_tokens=10"], "983,040 of"),
+        ("bloom-1b4-zh", ["method.name=prefix", "method.num_virtual_tokens=10", "method.projection=true"],
+         "205,641,728 of 1,508,753,408 parameters (13.6299 %)"),
+        ("bloom-1b4-zh", ["method.name=ia3"], "344,064 of"),
+        ("chatglm3-6b", ["method.target_modules=[q_proj, k_proj, v_proj]"], "3,784,704 of"),
+        ("chatglm3-6b", ["method.name=bitfit"], "129,024 of 6,243,584,000"),
+    ],
+)  # fmt: skip
+def test_params_of_published_models(shared, tmp_path, capsys, folder, overrides, shown):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {shared / 'configs' / folder}}}\n")
+    code, out, _ = run(capsys, "params", file, *overrides)
+    assert code == 0
+    assert f" trains {shown}" in out
+
+
 def test_params_refuses_what_training_would(yaml, capsys):
     code, _, error = run(capsys, "params", yaml(), "method.name=bitfit")
     assert code == 2
@@ -95,7 +121,7 @@ def test_real_lengths_of_a_tiny_model(tiny, rows_file, tmp_path, capsys):
         ("{}", "data.train is not set"),
         ("{train: none.jsonl}", "none.jsonl is not there"),
         ("{train: ROWS, eval: none.jsonl}", "none.jsonl is not there"),
-        ("{train: ROWS}", "has no tokenizer.json"),
+        ("{train: ROWS}", "has no tokenizer"),
     ],
 )
 def test_unknown_lengths_are_said(yaml, rows_file, capsys, data, reason):
@@ -160,12 +186,12 @@ def test_what_is_advised_fits(yaml, capsys):
 
 
 def test_the_plain_path_is_never_said_to_fit(yaml, capsys):
-    file = yaml(BLOOM_1B4)
+    file = yaml(BLOOM_1B4 | {"hidden_dropout": 0.1})
     code, out, _ = run(capsys, "plan", file, "memory.budget=80")
     assert code == 0
     assert "budget   80 GB: not decided" in out
     assert "at least" in out
-    assert "note: plain path (no block description for 'bloom' models)" in out
+    assert "note: plain path (hidden_dropout)" in out
     code, _, error = run(capsys, "plan", file, "memory.budget=1")
     assert code == 4
     assert "takes at least" in error

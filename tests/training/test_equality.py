@@ -50,18 +50,21 @@ def reference(folder, rows, targets):
     return loss_sum / total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("family", ["tiny", "tiny_qwen"])
+TARGETS = {"tiny": ["q_proj", "v_proj", "down_proj"], "tiny_bloom": ["query_key_value", "dense_4h_to_h"]}
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny_qwen", "tiny_bloom"])
 @pytest.mark.parametrize(
     ("packing", "micro"), [(False, 8), (False, 1), (False, 2), (False, 3), (True, 1000), (True, 70)]
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_equal_the_plain_libraries(family, packing, micro, checkpointing, rows_file, request):
-    folder = request.getfixturevalue(family)
+    folder, targets = request.getfixturevalue(family), TARGETS.get(family, TARGETS["tiny"])
     key = "micro_batch_tokens" if packing else "micro_batch_rows"
     config = build(
         {
             "model": {"path": str(folder)},
-            "method": {"name": "lora", "r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+            "method": {"name": "lora", "r": 4, "target_modules": targets},
             "data": {"train": [str(rows_file)], "template": "tutorial", "max_length": 64, "packing": packing},
             "train": {key: micro, "activation_checkpointing": checkpointing},
         }
@@ -75,7 +78,7 @@ def test_loss_and_gradients_equal_the_plain_libraries(family, packing, micro, ch
     batches = list(micro_batches(rows, config.data, config.train, pad_id=2))
     loss = sum(path.loss_and_grad(batch, 1 / total).item() for batch in batches) / total
 
-    expected_loss, expected = reference(folder, rows, ["q_proj", "v_proj", "down_proj"])
+    expected_loss, expected = reference(folder, rows, targets)
     assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
     gradients = {name: p.grad for name, p in trainable(model).items()}
     assert gradients.keys() == expected.keys()

@@ -1,5 +1,7 @@
 """The self-check lets a right engine pass and refuses a wrong one before anything is trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,13 +31,7 @@ WRONG = {
     "rotate": lambda real: lambda x, rotary, positions, heads, out: None,
     "attention_backward": lambda real: lambda *args: (real(*args), args[5].k_Tgd.neg_()),
     "norm_backward": lambda real: lambda dy, x, norm, rstd, mean, d, y: real(dy, x, norm, rstd, mean, d.mul_(0.9), y),
-    "pack_gradients": lambda real: (
-        lambda dq, dk, dv, rotary, positions, out: (
-            out[:, : dq.shape[1]].copy_(dq),
-            out[:, dq.shape[1] : dq.shape[1] + dk.shape[1]].copy_(dk),
-            out[:, -dv.shape[1] :].copy_(dv),
-        )
-    ),
+    "rotate_backward": lambda real: lambda x, rotary, positions, heads, out: None,
 }
 
 
@@ -49,6 +45,38 @@ def test_a_wrong_kernel_is_refused(tree, monkeypatch, kernel, dtype):
         train(tree, model__dtype=dtype, train__max_steps=1)
     assert error.value.exit_code == 1
     assert not (run.Path(tree["output"]["dir"])).exists()
+
+
+WRONG_BLOOM = {
+    "gelu": lambda real: lambda x, out: (real(x, out), out.mul_(1.2)),
+    "gelu_backward": lambda real: lambda d, x, dx, act: (real(d, x, dx, act), dx[:, ::2].mul_(0.7)),
+    "attention": lambda real: lambda qkv, scoring, out, lse: real(qkv, replace(scoring, slopes_h=None), out, lse),
+    "norm_backward": WRONG["norm_backward"],
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_bloom_passes_and_a_wrong_kernel_is_refused(tree, tiny_bloom, monkeypatch, method, capsys):
+    tree["model"]["path"] = str(tiny_bloom)
+    tree["method"] = {"name": "lora", "r": 4, "target_modules": "linear"} if method == "lora" else {"name": method}
+    train(tree, train__max_steps=1, quiet=False)
+    assert "fast path: bloom block" in capsys.readouterr().err
+    tree["output"]["dir"] += "-wrong"
+    for kernel, wrong in WRONG_BLOOM.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(block, kernel, wrong(getattr(block, kernel)))
+            with pytest.raises(FituneError, match="the fast path disagrees with the plain path"):
+                train(tree)
+
+
+@pytest.mark.parametrize("module", [block, groups])
+def test_wrong_sums_over_tokens_are_refused(tree, tiny_bloom, monkeypatch, module):
+    tree["model"]["path"] = str(tiny_bloom)
+    tree["method"] = {"name": "bitfit"}
+    real = module.add_column_sums
+    monkeypatch.setattr(module, "add_column_sums", lambda x, scale, into: real(x[:-1], scale, into))
+    with pytest.raises(FituneError, match=r"the fast path disagrees with the plain path.*bias in block"):
+        train(tree)
 
 
 def test_dropout_is_checked_without_a_mask_and_masks_by_themselves(tree, monkeypatch, capsys):

@@ -1,29 +1,33 @@
 """The one decoder block: an explicit forward and backward pass over declared buffers.
 
 There is no autograd here. `forward` leaves in the block's buffers what plan/saves.py declares; `backward` recomputes
-what the level did not keep, adds the adapters' gradients and turns the gradient of the block's output into that of its
-input.
+what the level did not keep, adds the trained parameters' gradients and turns the gradient of the block's output into
+that of its input.
 
 Names of buffers (T tokens): x block input, y1 and y2 norm outputs, qkv, a attention output, mid residual after
 attention, gate_up, act, branch the last projection's output, d gradient of the residual stream.
+
+The residual stream passes beside a norm (mid = x + branch) or through it (mid = carried * y1 + branch), see `Norm`.
+What carries it, the stream below, is x and then mid, or y1 and then y2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fitune.engine.groups import Group
 from fitune.engine.products import Scratch
-from fitune.engine.spec import BlockSpec
+from fitune.engine.spec import BlockSpec, frozen_norm
+from fitune.engine.trained import Trained
 from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
 from fitune.kernels.dropout import Dropout, Mask
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
-from fitune.kernels.rope import HeadNorm, Rotary, pack_gradients, qk_norm_rotate, qk_norm_rotate_backward, rotate
-from fitune.kernels.swiglu import swiglu, swiglu_backward
+from fitune.kernels.rope import HeadNorm, Rotary, qk_norm_rotate, qk_norm_rotate_backward, rotate, rotate_backward
+from fitune.kernels.sums import add_column_sums
+from fitune.kernels.swiglu import gelu, gelu_backward, swiglu, swiglu_backward
 from fitune.plan.saves import GROUPS, BlockShape, Level
 
 Views = dict[str, torch.Tensor]
@@ -34,31 +38,49 @@ class Tokens:
     """Where the tokens of a micro-step stand.
 
     Attributes:
-        positions_T: within their document.
-        documents: where each token's document starts and ends.
-        rotary: cos and sin tables.
+        positions_AT: within their document, one row per axis of the rotary positions.
+        documents: where each token's document starts and ends, and its prefix.
+        rotary: cos and sin tables; None: positions are not rotary.
+        slopes_h: ALiBi's, per head; None: positions are not ALiBi.
     """
 
-    positions_T: torch.Tensor
+    positions_AT: torch.Tensor
     documents: Documents
-    rotary: Rotary
+    rotary: Rotary | None
+    slopes_h: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    """One of the two norms: what the kernels read, its place in the buffers, the gradient of its bias if trained."""
+
+    norm: Norm
+    number: str
+    dbias_H: torch.Tensor | None
+
+    def statistics(self, v: Views) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """1 / deviation and, of a layer norm, the mean of each row."""
+        return v[f"rstd{self.number}"], v.get(f"mean{self.number}")
 
 
 class Block:
     """One decoder block over a transformers layer's own weights.
 
     Args:
-        layer: the decoder layer; its weights become views of the groups' matrices.
+        layer: the decoder layer; its weights and biases become views of the groups'.
         scratch: where quantized groups are expanded.
+        trained: where gradients are added up.
     """
 
-    def __init__(self, layer: nn.Module, spec: BlockSpec, level: Level, dtype: torch.dtype, scratch: Scratch) -> None:
-        self.level = level
+    def __init__(
+        self, layer: nn.Module, spec: BlockSpec, level: Level, dtype: torch.dtype, scratch: Scratch, trained: Trained
+    ) -> None:
+        self.level, self.spec = level, spec
         self.groups = {
-            name: Group([layer.get_submodule(path) for path in paths], dtype, scratch)
+            name: Group([layer.get_submodule(path) for path in paths], dtype, scratch, trained)
             for name, paths in spec.names().items()
         }
-        self.norm1, self.norm2 = _norm(layer, spec.norm1), _norm(layer, spec.norm2)
+        self.norm1, self.norm2 = (_norm(layer, spec, number, trained) for number in "12")
         self.head_norm = _head_norm(layer, spec)
         self.shape: BlockShape  # set once the adapters of all blocks are known
         self.first = False  # nothing trains below: no gradient of the block's input is needed
@@ -77,54 +99,85 @@ class Block:
 
     @property
     def trains(self) -> bool:
-        """Some adapter of this block is trained."""
-        return any(group.trains for group in self.groups.values())
+        """Some parameter of this block is trained."""
+        norms = (self.norm1.dbias_H, self.norm2.dbias_H)
+        return any(group.trains for group in self.groups.values()) or any(bias is not None for bias in norms)
 
-    def forward(self, v: Views, tokens: Tokens, residual: torch.Tensor | None) -> None:
-        """From the residual (None: already in `x`) and `branch` of the block below to `mid` and `branch` of this one.
+    def forward(self, v: Views, tokens: Tokens, stream: torch.Tensor | None) -> torch.Tensor:
+        """From the block below, its stream (None: the input is in `x` already) and its `branch`, to `branch`.
 
-        The block's output is mid + branch; the sum is fused into the next norm.
+        Returns:
+            This block's stream; `output` makes the block's output of it. The sum is fused into the next norm.
         """
         y1, _ = self._input(v, "qkv")
-        if residual is None:
-            add_norm(v["x"], None, self.norm1, None, y1, v["rstd1"], None)
+        if stream is None:
+            rstd, mean = self.norm1.statistics(v)
+            add_norm(v["x"], None, self.norm1.norm, None, y1, rstd, mean)
         else:
-            add_norm(residual, v["branch"], self.norm1, v["x"], y1, v["rstd1"], None)
+            self._join(v, stream, self.norm1, v["x"], y1)
         self._attention(v, tokens, again=False)
         y2, _ = self._input(v, "up")
-        add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2, v["rstd2"], None)
-        self._gate_up(v, again=False)
+        self._join(v, self._stream(v["x"], y1), self.norm2, v["mid"], y2)
+        self._up(v, again=False)
         act, h = self._input(v, "down")
-        swiglu(v["gate_up"][:, : self.shape.inner], act)
+        (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], act)
         self._down_project("down", v, again=False)
         self.groups["down"].forward(act, h, v["branch"])
+        return self._stream(v["mid"], y2)
+
+    def output(self, v: Views, stream: torch.Tensor, out: torch.Tensor) -> None:
+        """The block's output from its stream and `branch`; out may be `branch`."""
+        carried = self.norm2.norm.carried
+        torch.add(v["branch"], stream, alpha=1.0 if carried is None else carried, out=out)
 
     def backward(self, v: Views, tokens: Tokens) -> None:
         """`d` (first H columns): gradient of the block's output in, of its input out."""
+        y2, _ = self._input(v, "up")
         if self.level in ("full", "offload"):
             y1, _ = self._input(v, "qkv")
-            add_norm(v["x"], None, self.norm1, None, y1, v["rstd1"], None)
+            rstd, mean = self.norm1.statistics(v)
+            add_norm(v["x"], None, self.norm1.norm, None, y1, rstd, mean)
             self._attention(v, tokens, again=True)
-            y2, _ = self._input(v, "up")
-            add_norm(v["x"], v["branch"], self.norm2, v["mid"], y2, v["rstd2"], None)
-            self._gate_up(v, again=True)
+            self._join(v, self._stream(v["x"], y1), self.norm2, v["mid"], y2)
+            self._up(v, again=True)
         elif self.level == "attention":
-            y2, _ = self._input(v, "up")
-            norm_only(v["mid"], self.norm2, v["rstd2"], None, y2)
-            self._gate_up(v, again=True)
+            rstd, mean = self.norm2.statistics(v)
+            norm_only(v["mid"], self.norm2.norm, rstd, mean, y2)
+            self._up(v, again=True)
         self._backward_mlp(v)
         self._backward_attention(v, tokens)
+
+    def _stream(self, beside: torch.Tensor, through: torch.Tensor) -> torch.Tensor:
+        return beside if self.norm1.norm.carried is None else through
+
+    def _join(self, v: Views, stream: torch.Tensor, norm: BlockNorm, into: torch.Tensor, y: torch.Tensor) -> None:
+        """A branch joins the stream: into = stream + branch, y = norm(into)."""
+        rstd, mean = norm.statistics(v)
+        if norm.norm.carried is None:
+            add_norm(stream, v["branch"], norm.norm, into, y, rstd, mean)
+        else:  # y may stand where the stream does, so the sum comes first
+            torch.add(v["branch"], stream, alpha=norm.norm.carried, out=into)
+            add_norm(into, None, norm.norm, None, y, rstd, mean)
 
     def _attention(self, v: Views, tokens: Tokens, again: bool) -> None:
         """y1 -> qkv (rotated) -> a -> branch."""
         shape = self.shape
         self._down_project("qkv", v, again)
-        self.groups["qkv"].forward(*self._input(v, "qkv"), v["qkv"][:, : shape.qkv])
+        self.groups["qkv"].forward(*self._input(v, "qkv"), v["qkv"])
         inputs = self._queries_keys_values(v, tokens, rotated=False)
         a, h = self._input(v, "o")
-        attention(inputs, Scoring(tokens.documents, shape.head_dim**-0.5), _split(a, shape), v["lse"])
+        attention(inputs, self._scoring(tokens), _split(a, shape), v["lse"])
         self._down_project("o", v, again)
         self.groups["o"].forward(a, h, v["branch"])
+
+    def _scoring(self, tokens: Tokens) -> Scoring:
+        return Scoring(tokens.documents, self.shape.head_dim**-0.5, tokens.slopes_h)
+
+    def _heads(self, rows_Tn: torch.Tensor) -> QKV:
+        """Views of queries, keys and values, or of their gradients."""
+        if self.spec.fused:
+            return QKV.of_heads(rows_Tn, self.shape.heads)
+        return QKV.of_rows(rows_Tn, self.shape.heads, self.shape.kv_heads)
 
     def _queries_keys_values(self, v: Views, tokens: Tokens, rotated: bool) -> QKV:
         """Rotated queries and keys, and values.
@@ -132,17 +185,16 @@ class Block:
         Without per-head norms the rotation is done in place, once. With them `qkv` keeps the projections' output, from
         which normed and rotated queries and keys are made in `normed`, again in the backward pass.
         """
-        shape, rotary = self.shape, tokens.rotary
-        qkv = v["qkv"][:, : shape.qkv]
-        if self.head_norm is None:
-            if not rotated:
-                rotate(qkv, rotary, tokens.positions_T, shape.heads + shape.kv_heads, qkv)
-            return QKV.of_rows(qkv, shape.heads, shape.kv_heads)
+        shape, rotary, qkv = self.shape, tokens.rotary, v["qkv"]
+        if self.head_norm is None or rotary is None:
+            if rotary is not None and not rotated:
+                rotate(qkv, rotary, tokens.positions_AT, shape.heads + shape.kv_heads, qkv)
+            return self._heads(qkv)
         q, k = v["normed"][:, : shape.attention], v["normed"][:, shape.attention :]
-        qk_norm_rotate(qkv, self.head_norm, rotary, tokens.positions_T, q, k)
+        qk_norm_rotate(qkv, self.head_norm, rotary, tokens.positions_AT, q, k)
         return QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape))
 
-    def _gate_up(self, v: Views, again: bool) -> None:
+    def _up(self, v: Views, again: bool) -> None:
         self._down_project("up", v, again)
         self.groups["up"].forward(*self._input(v, "up"), v["gate_up"][:, : self.shape.inner])
 
@@ -161,61 +213,86 @@ class Block:
 
     def _backward_mlp(self, v: Views) -> None:
         shape, up, down = self.shape, self.groups["up"], self.groups["down"]
-        d, t = self._gradient(v, "d", down)
+        d, t = self._gradient(v, v["d"], down)
         gate_up = v["gate_up"][:, : shape.inner]
+        down.bias_gradient(d)
         if down.R:
             down.up_project(d, t)
         dact = _carve(v["scratch"], 0, shape.intermediate)
         down.input_gradient(d, t, dact, v.get("dropped"))
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
         act = dact if down.R and kept is None else None  # made again where the gradient was
-        swiglu_backward(dact, gate_up, gate_up, act)
+        (swiglu_backward if shape.gated else gelu_backward)(dact, gate_up, gate_up, act)
         if down.R:
             down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept, v.get("dropped"))
-        done = self.first and not self.groups["o"].R and not self.groups["qkv"].R
-        self._through_norm(v, up, self._gradient(v, "gate_up", up), "2", stop=done)
+        stop = self.first and not self.groups["o"].needs_gradient and not self._trains_before_attention
+        self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop)
+
+    @property
+    def _trains_before_attention(self) -> bool:
+        return self.groups["qkv"].needs_gradient or self.norm1.dbias_H is not None
 
     def _backward_attention(self, v: Views, tokens: Tokens) -> None:
         shape, qkv_group, o = self.shape, self.groups["qkv"], self.groups["o"]
-        d, t = self._gradient(v, "d", o)
+        d, t = self._gradient(v, v["d"], o)
         a, h = self._input(v, "o")
+        o.bias_gradient(d)
         if o.R:
             o.up_project(d, t)
             o.adapter_gradients(d, t, v.get("h_o", h), a, v.get("dropped"))
-        if self.first and not qkv_group.R:
+        if self.first and not self._trains_before_attention:
             return
-        inputs = self._queries_keys_values(v, tokens, rotated=True)
-        da, grads = _carve(v["scratch"], 0, shape.attention), _carve(v["scratch"], shape.attention, shape.qkv)
+        da = _carve(v["scratch"], 0, shape.attention)
         o.input_gradient(d, t, da, v.get("dropped"))
-        scoring, dqkv = Scoring(tokens.documents, shape.head_dim**-0.5), QKV.of_rows(grads, shape.heads, shape.kv_heads)
-        attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], dqkv, v["delta"])
-        rotary, positions, qkv = tokens.rotary, tokens.positions_T, v["qkv"][:, : shape.qkv]
-        kv = shape.kv_heads * shape.head_dim
-        dq, dk, dv = grads[:, : shape.attention], grads[:, shape.attention : -kv], grads[:, -kv:]
+        beside = 0 if shape.fp8 else qkv_group.R
+        dout = self._gradient(v, _carve(v["scratch"], shape.attention, shape.qkv + beside), qkv_group)
+        inputs, grads = self._queries_keys_values(v, tokens, rotated=True), self._heads(dout[0])
+        scoring = self._scoring(tokens)
+        attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, v["delta"])
+        self._rotate_back(v, tokens, dout[0])
+        self._through_norm(v, self.norm1, qkv_group, dout, stop=self.first)
+
+    def _rotate_back(self, v: Views, tokens: Tokens, dqkv: torch.Tensor) -> None:
+        """Gradients of rotated queries and keys into those of the projections' output, in place."""
+        shape, rotary, positions = self.shape, tokens.rotary, tokens.positions_AT
+        if rotary is None:
+            return
         if self.head_norm is None:
-            pack_gradients(dq, dk, dv, rotary, positions, qkv)
-        else:
-            qk_norm_rotate_backward((dq, dk, dv), qkv, self.head_norm, rotary, positions, qkv)
-        self._through_norm(v, qkv_group, self._gradient(v, "qkv", qkv_group), "1", stop=self.first)
+            rotate_backward(dqkv, rotary, positions, shape.heads + shape.kv_heads, dqkv)
+            return
+        kv = shape.kv_heads * shape.head_dim
+        parts = dqkv[:, : shape.attention], dqkv[:, shape.attention : -kv], dqkv[:, -kv:]
+        qk_norm_rotate_backward(parts, v["qkv"], self.head_norm, rotary, positions, dqkv)
 
     def _through_norm(
-        self, v: Views, group: Group, dout: tuple[torch.Tensor, torch.Tensor], which: str, stop: bool
+        self, v: Views, norm: BlockNorm, group: Group, dout: tuple[torch.Tensor, torch.Tensor], stop: bool
     ) -> None:
-        """Input gradient of a group, then of the norm before it (added to `d`), then the group's adapter gradients."""
+        """Input gradient of a group, then of the norm before it (added to `d`), then what the group trains.
+
+        Args:
+            dout: gradient of the group's output, and the place of dy B.
+            stop: nothing below the norm is trained.
+        """
         (dy, t), hidden = dout, self.shape.hidden
+        group.bias_gradient(dy)
         if group.R:
             group.up_project(dy, t)
-        norm, source = (self.norm1, v["x"]) if which == "1" else (self.norm2, v["mid"])
-        rstd, kept = v[f"rstd{which}"], v.get(f"y{which}")
-        y = _carve(v["y"], 0, hidden)
-        if not stop:
+        rstd, mean = norm.statistics(v)
+        source, kept = (v["x"] if norm is self.norm1 else v["mid"]), v.get(f"y{norm.number}")
+        y, d = _carve(v["y"], 0, hidden), v["d"][:, :hidden]
+        if not stop or norm.dbias_H is not None:
             group.input_gradient(dy, t, y, v.get("dropped"))
-            recomputed = y if group.R and kept is None else None
-            norm_backward(y, source, norm, rstd, None, v["d"][:, :hidden], recomputed)
-        elif kept is None and group.R:
-            norm_only(source, norm, rstd, None, y)
+        if norm.dbias_H is not None:
+            add_column_sums(y, 1.0, norm.dbias_H)
+            if norm.norm.carried is not None:
+                add_column_sums(d, norm.norm.carried, norm.dbias_H)
+        again = y if group.R and kept is None else None  # the norm's output, made again where its gradient was
+        if not stop:
+            norm_backward(y, source, norm.norm, rstd, mean, d, again)
+        elif again is not None:
+            norm_only(source, norm.norm, rstd, mean, again)
         if group.R:
-            h = v["h_qkv" if which == "1" else "h_up"]
+            h = v["h_qkv" if norm is self.norm1 else "h_up"]
             group.adapter_gradients(dy, t, h, y if kept is None else kept[:, :hidden], v.get("dropped"))
 
     def _input(self, v: Views, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,9 +303,8 @@ class Block:
         buffer = v[kept] if kept in v else _carve(v["scratch" if name == "down" else "y"], 0, width)
         return buffer[:, : group.ins], v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
 
-    def _gradient(self, v: Views, name: str, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient of a group's output and the place of dy B: beside it, or apart for fp8."""
-        buffer = v[name]
+    def _gradient(self, v: Views, buffer: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of a group's output in its buffer and the place of dy B: beside it, or apart for fp8."""
         t = v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.outs : group.outs + group.R]
         return buffer[:, : group.outs], t
 
@@ -239,22 +315,17 @@ def _carve(buffer: torch.Tensor, start: int, width: int) -> torch.Tensor:
     return buffer.view(-1)[tokens * start : tokens * (start + width)].view(tokens, width)
 
 
-def _norm(layer: nn.Module, name: str) -> Norm:
-    module: Any = layer.get_submodule(name)
-    return Norm(module.weight.detach(), None, epsilon(module))
+def _norm(layer: nn.Module, spec: BlockSpec, number: str, trained: Trained) -> BlockNorm:
+    module = layer.get_submodule(spec.norm1 if number == "1" else spec.norm2)
+    norm = replace(frozen_norm(module), carried=spec.carried)
+    return BlockNorm(norm, number, trained.gradient(getattr(module, "bias", None)))
 
 
 def _head_norm(layer: nn.Module, spec: BlockSpec) -> HeadNorm | None:
     if not spec.q_norm:
         return None
-    q, k = layer.get_submodule(spec.q_norm), layer.get_submodule(spec.k_norm)
-    weights = cast(nn.Parameter, q.weight), cast(nn.Parameter, k.weight)
-    return HeadNorm(weights[0].detach(), weights[1].detach(), epsilon(q))
-
-
-def epsilon(norm: Any) -> float:
-    """What an RMS norm of transformers adds to the mean square."""
-    return float(norm.variance_epsilon)
+    q, k = frozen_norm(layer.get_submodule(spec.q_norm)), frozen_norm(layer.get_submodule(spec.k_norm))
+    return HeadNorm(q.weight_H, k.weight_H, q.eps)
 
 
 def _split(x_Tn: torch.Tensor, shape: BlockShape) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Buffers:
             width = self._widths[name]
             rows = (width, tokens) if name in ("lse", "delta") else (tokens, width)
             views[name] = flat[: tokens * width].view(rows)
-        for name in ("rstd1", "rstd2"):
+        for name in {"rstd1", "rstd2", "mean1", "mean2"} & set(views):
             views[name] = views[name].view(tokens)
         return views
 

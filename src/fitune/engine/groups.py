@@ -1,8 +1,9 @@
-"""Projections that read the same input, with their LoRA adapters.
+"""Projections that read the same input, with their LoRA adapters and biases.
 
 A group has R adapter columns: the ranks of its adapters one after another, rounded up. B is block-diagonal over the
 group's outputs and holds the scale alpha / r, so everywhere else an adapter is two products without a factor. PEFT
 keeps the parameters (fp32); the products use copies in the model's dtype, refreshed at the start of every micro-step.
+The biases of a group are one vector that the layers' own are views of.
 
 Shapes: T tokens, K = ins, N = outs, R adapter columns.
 """
@@ -17,8 +18,10 @@ from torch import nn
 
 from fitune.engine.products import Expanded, Fused, Product, RowsFp8, Scratch
 from fitune.engine.spec import Unsupported
+from fitune.engine.trained import Trained, joined
 from fitune.kernels.dropout import Mask, drop, drop_add
 from fitune.kernels.refresh import Copy
+from fitune.kernels.sums import add_column_sums
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,33 @@ class Group:
         modules: the projections, plain or wrapped by PEFT, in the order of their outputs.
         dtype: of activations and of the adapters' copies.
         scratch: memory that products of quantized groups share.
+        trained: where gradients are added up.
     Raises:
         Unsupported: the projections are stored in different ways.
-    Memory: 4 bytes per adapter gradient; see `engine.products` for the weights.
+    Memory: see `engine.products` for the weights.
     """
 
-    def __init__(self, modules: list[Any], dtype: torch.dtype, scratch: Scratch) -> None:
+    def __init__(self, modules: list[Any], dtype: torch.dtype, scratch: Scratch, trained: Trained) -> None:
         linears = [getattr(module, "base_layer", module) for module in modules]
         self.ins: int = linears[0].in_features
         self.outs = sum(linear.out_features for linear in linears)
         self.adapters = _adapters(modules)
         self.R = adapter_columns([adapter.A.shape[0] for adapter in self.adapters])
-        self.trains = any(adapter.A.requires_grad for adapter in self.adapters)
         stored = {getattr(linear, "quantization", "none") for linear in linears}
         if len(stored) > 1:  # a bitsandbytes folder may leave some layers of a block in 16 bits
             raise Unsupported(f"projections of one input stored as {' and '.join(sorted(stored))}")
         self.quantization: str = stored.pop()
         self.mask: Mask | None = None  # of the adapters' common input
-        self._gradients: list[torch.Tensor] = []
+        self._dA = trained.gradient(*(adapter.A for adapter in self.adapters))  # of all A at once
+        self._dBs = [trained.gradient(adapter.B) for adapter in self.adapters]
+        self._dbias_N = trained.gradient(*(linear.bias for linear in linears))
+        self.trains = self._dA is not None or self._dbias_N is not None
         self._product = _product(self.quantization, linears, self.R, dtype, scratch)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """The gradient of this group's output is wanted for itself; adapters that are frozen count as well."""
+        return bool(self.R) or self.trains
 
     def copies(self) -> list[Copy]:
         """What a refresh copies: the adapters' parameters, B with the scale."""
@@ -113,13 +124,20 @@ class Group:
         spare: torch.Tensor | None,
     ) -> None:
         """Accumulate dA += tᵀ dropout(x) and dB += scale dyᵀ h in fp32."""
-        if not self._gradients:
+        if self._dA is None:
             return
         x_TK = self._drop(x_TK, spare)
-        dA_rK, *dBs = self._gradients
+        dA_rK = self._dA.view(-1, self.ins)
         _accumulate(dA_rK, t_TR[:, : len(dA_rK)], x_TK, 1.0)
-        for adapter, dB_Nr in zip(self.adapters, dBs, strict=True):
+        for adapter, dB in zip(self.adapters, self._dBs, strict=True):
+            assert dB is not None, "an adapter is trained in part"
+            dB_Nr = dB.view(adapter.B.shape)
             _accumulate(dB_Nr, dy_TN[:, adapter.rows], h_TR[:, adapter.columns], adapter.scale)
+
+    def bias_gradient(self, dy_TN: torch.Tensor) -> None:
+        """Accumulate the biases' gradient, the sum of dy over tokens, if they are trained."""
+        if self._dbias_N is not None:
+            add_column_sums(dy_TN, 1.0, self._dbias_N)
 
     def _drop(self, x_TK: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
         if self.mask is None:
@@ -127,21 +145,6 @@ class Group:
         out_TK = _part(spare, x_TK)
         drop(x_TK, self.mask, out_TK)
         return out_TK
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained adapters' parameters: all A in the order of their columns, then all B."""
-        return [a.A for a in self.adapters] + [a.B for a in self.adapters] if self.trains else []
-
-    def use_gradients(self, flat: torch.Tensor) -> None:
-        """Accumulate gradients in this fp32 vector, laid out as `parameters` lists them."""
-        if not self.trains:
-            return
-        rank = sum(adapter.A.shape[0] for adapter in self.adapters)
-        self._gradients = [flat[: rank * self.ins].view(rank, self.ins)]  # all A at once: one product makes them
-        at = rank * self.ins
-        for adapter in self.adapters:
-            self._gradients.append(flat[at : at + adapter.B.numel()].view(adapter.B.shape))
-            at += adapter.B.numel()
 
 
 def _product(quantization: str, linears: list[Any], R: int, dtype: torch.dtype, scratch: Scratch) -> Product:
@@ -154,15 +157,16 @@ def _product(quantization: str, linears: list[Any], R: int, dtype: torch.dtype, 
 
 
 def _bias(linears: list[Any], dtype: torch.dtype) -> torch.Tensor | None:
+    """The biases of a group as one vector, zeros where a layer has none; the layers' own become views of it."""
     biases = [linear.bias for linear in linears]
     known = next((bias for bias in biases if bias is not None), None)
     if known is None:
         return None
     parts = [
-        torch.zeros(linear.out_features, dtype=dtype, device=known.device) if bias is None else bias.detach()
+        torch.zeros(linear.out_features, dtype=known.dtype, device=known.device) if bias is None else bias
         for linear, bias in zip(linears, biases, strict=True)
     ]
-    return torch.cat(parts).to(dtype)
+    return joined(parts).to(dtype)
 
 
 def _adapters(modules: list[Any]) -> list[Adapter]:

@@ -13,6 +13,7 @@ import torch
 from fitune.kernels.cross_entropy import cross_entropy_, loss_only
 from fitune.kernels.norm import Norm, add_norm, norm_backward
 from fitune.kernels.rows import scatter_rows
+from fitune.kernels.sums import add_column_sums
 from fitune.plan.saves import head_rows
 
 IGNORE = -100
@@ -24,11 +25,12 @@ class Head:
     Args:
         norm: the final norm.
         linear: the output head (frozen, not quantized).
+        dbias_H: where the gradient of the norm's bias is added up; None: it is not trained.
     Memory: `plan.saves.head_bytes`.
     """
 
-    def __init__(self, norm: Norm, linear: Any) -> None:
-        self._norm = norm
+    def __init__(self, norm: Norm, linear: Any, dbias_H: torch.Tensor | None) -> None:
+        self._norm, self._dbias_H = norm, dbias_H
         self._weight_VH = linear.weight.detach()
         self._bias = None if linear.bias is None else linear.bias.detach()
         vocabulary, hidden = self._weight_VH.shape
@@ -37,6 +39,7 @@ class Head:
         self._logits_MV = torch.empty(self.rows, vocabulary, dtype=dtype, device=device)
         self._x_MH, self._y_MH, self._d_MH = (torch.empty(self.rows, hidden, dtype=dtype, device=device) for _ in "xyd")
         self._rstd_M, self._loss_M = (torch.empty(self.rows, device=device) for _ in "rl")
+        self._mean_M = None if norm.bias_H is None else torch.empty(self.rows, device=device)
 
     def chunk(
         self,
@@ -56,8 +59,9 @@ class Head:
         m = index_M.shape[0]
         x, y, d, logits = self._x_MH[:m], self._y_MH[:m], self._d_MH[:m], self._logits_MV[:m]
         rstd, loss = self._rstd_M[:m], self._loss_M[:m]
+        mean = None if self._mean_M is None else self._mean_M[:m]
         torch.index_select(final_TH, 0, index_M, out=x)
-        add_norm(x, None, self._norm, None, y, rstd, None)
+        add_norm(x, None, self._norm, None, y, rstd, mean)
         if self._bias is None:
             torch.mm(y, self._weight_VH.t(), out=logits)
         else:
@@ -70,6 +74,8 @@ class Head:
         cross_entropy_(logits, targets_M, scale, loss)
         loss_sum.add_(loss.sum())
         torch.mm(logits, self._weight_VH, out=y)
+        if self._dbias_H is not None:
+            add_column_sums(y, 1.0, self._dbias_H)
         d.zero_()
-        norm_backward(y, x, self._norm, rstd, None, d, None)
+        norm_backward(y, x, self._norm, rstd, mean, d, None)
         scatter_rows(d, index_M, d_TH)

@@ -1,4 +1,4 @@
-"""Block inputs in page-locked host memory between the forward and the backward pass.
+"""What waits in page-locked host memory: block inputs between the passes, rows of an embedding before them.
 
 Two device buffers take turns: while a block computes, an input travels out on a second stream (forward) or in
 (backward). At the 55 GB/s measured over PCIe a block's input takes less time than the block as soon as a block
@@ -79,3 +79,32 @@ class Offload:
     def _wait(self, layer: int) -> None:
         if self._cuda:
             torch.cuda.current_stream().wait_event(self._moved[layer])
+
+
+class SentRows:
+    """Rows of a table in the host's memory, gathered there and sent to the device before a micro-step.
+
+    A kernel that reads page-locked memory row by row was ten times slower (H100, 8,192 rows of 8 KiB: about 40 ms).
+
+    Memory: 2 * capacity * H elements, page-locked: while one micro-step's rows travel, those of the next are gathered.
+    """
+
+    def __init__(self, table_VH: torch.Tensor, capacity: int) -> None:
+        self._table_VH = table_VH
+        pin = table_VH.is_pinned()
+        shape, dtype = (capacity, table_VH.shape[1]), table_VH.dtype
+        self._slots = [torch.empty(shape, dtype=dtype, pin_memory=pin) for _ in range(2)]
+        self._sent: list[Any] = [None, None]
+        self._next = 0
+
+    def send(self, index_T: torch.Tensor, out_TH: torch.Tensor) -> None:
+        """out[t] = table[index[t]], once the device gets there; `index_T` is on the host."""
+        slot, self._next = self._next, 1 - self._next
+        if self._sent[slot] is not None:
+            self._sent[slot].synchronize()
+        rows_TH = self._slots[slot][: index_T.shape[0]]
+        torch.index_select(self._table_VH, 0, index_T, out=rows_TH)
+        out_TH.copy_(rows_TH, non_blocking=True)
+        if out_TH.is_cuda:
+            self._sent[slot] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._sent[slot].record()

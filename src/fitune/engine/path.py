@@ -15,21 +15,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitune.data.batches import IGNORE, Batch
-from fitune.engine.block import Block, Tokens, epsilon
+from fitune.data.batches import Batch
+from fitune.engine.block import Block, Tokens, Views
 from fitune.engine.buffers import Buffers
 from fitune.engine.head import Head
+from fitune.engine.layout import Integers, Rows, flatten
+from fitune.engine.offload import SentRows
 from fitune.engine.products import Scratch
-from fitune.engine.spec import Unsupported, adapter_dropout, base_of, block_shape, block_spec, rotary_tables
+from fitune.engine.spec import (
+    BlockSpec,
+    Unsupported,
+    adapter_dropout,
+    alibi_slopes,
+    base_of,
+    block_shape,
+    block_spec,
+    frozen_norm,
+    rotary_tables,
+)
+from fitune.engine.trained import Trained, trained_parameters
 from fitune.kernels.attention import Documents
 from fitune.kernels.dropout import Dropout
-from fitune.kernels.norm import Norm
+from fitune.kernels.norm import add_norm
 from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
-from fitune.plan.saves import Level, bucket
+from fitune.kernels.sums import add_column_sums
+from fitune.model.host_embedding import host_embedding
+from fitune.plan.saves import BlockShape, Level, bucket, documents, integers
 
 cuda: Any = torch.cuda  # only partly typed
-FIELDS = ("ids", "positions", "start", "end", "index", "targets")  # what travels to the device, one row each
 
 
 class EnginePath:
@@ -49,41 +63,65 @@ class EnginePath:
         spec = block_spec(model, model_type)
         base = base_of(model)
         self._embedding_VH = base.get_input_embeddings().weight.detach()
-        self.device, self.dtype = self._embedding_VH.device, self._embedding_VH.dtype
+        self.device, self.dtype = next(model.parameters()).device, self._embedding_VH.dtype
         self.level = level
+        self._hosted_VH = host_embedding(base) if level == "offload" and self.device.type == "cuda" else None
+        if self._hosted_VH is not None:
+            self._embedding_VH = self._hosted_VH
         self._scratch = Scratch(self.dtype, self.device)
-        self.blocks = [Block(layer, spec, level, self.dtype, self._scratch) for layer in base.model.layers]
-        columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
-        self.shape = block_shape(model, spec, (columns[0], columns[1], columns[2], columns[3]))
-        fp8 = {group.quantization == "fp8" for block in self.blocks for group in block.groups.values()}
-        if len(fp8) > 1:
-            raise Unsupported("some projections in fp8 and some not")
-        probability = adapter_dropout(model)
-        self.shape = replace(self.shape, fp8=fp8 == {True}, dropout=probability > 0)
-        self.dropout = Dropout(probability, self.device) if probability else None
-        own = {id(p) for block in self.blocks for group in block.groups.values() for p in group.parameters()}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in own:
-                raise Unsupported(f"trains {name}, which is in no block")
-        # The lowest block that trains: below it nothing is kept and no gradient computed.
-        self.lowest = min(i for i, block in enumerate(self.blocks) if block.trains)
-        for number, block in enumerate(self.blocks):
+        self.layers = base.get_submodule(spec.layers)
+        self.trained = Trained(trained_parameters(model, spec))
+        self.blocks = [Block(layer, spec, level, self.dtype, self._scratch, self.trained) for layer in self.layers]
+        self.shape = self._shape(model, spec)
+        for block in self.blocks:
             block.shape = self.shape
-            if self.dropout:
-                block.use_dropout(self.dropout, number)
-        self.blocks[self.lowest].first = True
-        final = base.model.norm
-        self._head = Head(Norm(final.weight.detach(), None, epsilon(final)), base.get_output_embeddings())
-        cos, sin = rotary_tables(model, max_position, self.dtype)
-        self._rotary = Rotary(cos, sin, self.shape.head_dim, spec.interleaved)
+        self._set_up_ends(base, spec)
+        # The lowest block that trains: below it nothing is kept and no gradient computed.
+        below = self._embedding_dbias_H is not None
+        training = [number for number, block in enumerate(self.blocks) if block.trains or below]
+        self.lowest = min(training, default=len(self.blocks) - 1)
+        self.blocks[self.lowest].first = not below
+        self._rotary = self._slopes_h = None
+        if spec.positions == "alibi":
+            self._slopes_h = alibi_slopes(self.shape.heads, self.device)
+        else:
+            tables = rotary_tables(model, spec, max_position, self.dtype)
+            self._rotary = Rotary(*tables, self.shape.head_dim, spec.interleaved, self.shape.axes, spec.fused)
+        self._blank = base.blank if spec.prefix else None
         self._scale = torch.ones((), device=self.device)
         self._loss_sum = torch.zeros((), device=self.device)
-        self._join_adapters()
+        groups = [group for block in self.blocks for group in block.groups.values()]
+        self._refresh = Refresh([copy for group in groups for copy in group.copies()])
         self._graphs: dict[int, dict[str, Any]] = {}
         self._pool: Any = None
         # One stream for warming up and capturing: the library workspaces of a stream are 32 MiB and more.
         self._stream: Any = cuda.Stream() if self.device.type == "cuda" else None
         self.reserve(max_tokens)
+
+    def _shape(self, model: nn.Module, spec: BlockSpec) -> BlockShape:
+        """Sizes of all blocks: as many adapter columns as any has, dropout if there is any."""
+        columns = tuple(map(max, zip(*(block.lora for block in self.blocks), strict=True)))
+        shape = block_shape(model, spec, (columns[0], columns[1], columns[2], columns[3]))
+        fp8 = {group.quantization == "fp8" for block in self.blocks for group in block.groups.values()}
+        if len(fp8) > 1:
+            raise Unsupported("some projections in fp8 and some not")
+        probability = adapter_dropout(model)
+        self.dropout = Dropout(probability, self.device) if probability else None
+        if self.dropout:
+            for number, block in enumerate(self.blocks):
+                block.use_dropout(self.dropout, number)
+        return replace(shape, fp8=fp8 == {True}, dropout=probability > 0)
+
+    def _set_up_ends(self, base: Any, spec: BlockSpec) -> None:
+        """The norm behind the embedding, if there is one; final norm and head."""
+        final = base.get_submodule(spec.final_norm)
+        dbias_H = self.trained.gradient(getattr(final, "bias", None))
+        self._head = Head(frozen_norm(final), base.get_output_embeddings(), dbias_H)
+        self._embedding_norm = self._embedding_dbias_H = None
+        if spec.embedding_norm:
+            module = base.get_submodule(spec.embedding_norm)
+            self._embedding_norm = frozen_norm(module)
+            self._embedding_dbias_H = self.trained.gradient(module.bias)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """See `training.path.Path.loss`."""
@@ -118,17 +156,17 @@ class EnginePath:
             The block's output (T, H), and the gradient of its input (None where nothing below is trained). The
             adapters' gradients are added as by `loss_and_grad`.
         """
-        rows, tokens = flatten(batch)
-        self._claim_gradients()
+        rows, tokens = flatten(batch, self._blank)
+        self.trained.claim()
         self._seed(training=False)
         with torch.no_grad():
             self._load(rows, tokens, tokens)
             self._refresh.run()
-            self._documents[:, :tokens].copy_(self._inputs[2:4, :tokens])
+            self._integers.narrow(tokens)
             views, where, block = self._views(number, tokens), self._tokens(tokens), self.blocks[number]
             views["x"].copy_(x_TH)
-            block.forward(views, where, None)
-            out = views["mid"] + views["branch"]
+            out = torch.empty_like(views["x"])
+            block.output(views, block.forward(views, where, None), out)
             d_TH = self._spare("d", tokens)[:tokens]
             d_TH.copy_(gradient_TH)
             block.backward(views, where)
@@ -136,39 +174,8 @@ class EnginePath:
 
     @property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]]:
-        """All adapters' values as one fp32 vector, their gradients as another, and the parameters in that order."""
-        return self._values, self._gradients, [parameter for parameter, _ in self._parameters]
-
-    def _join_adapters(self) -> None:
-        """Move all trained adapters into one vector; their gradients are another, parameters' .grad views of it."""
-        groups = [group for block in self.blocks for group in block.groups.values()]
-        parameters = [parameter for group in groups for parameter in group.parameters()]
-        self._values = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
-        self._gradients = torch.zeros_like(self._values)
-        self._parameters: list[tuple[nn.Parameter, torch.Tensor]] = []
-        at = 0
-        for group in groups:
-            group.use_gradients(self._gradients[at:])
-            for parameter in group.parameters():
-                part = slice(at, at + parameter.numel())
-                parameter.data = self._values[part].view(parameter.shape)
-                self._parameters.append((parameter, self._gradients[part].view(parameter.shape)))
-                at = part.stop
-        self._places = [parameter.data_ptr() for parameter in parameters]
-        self._refresh = Refresh([copy for group in groups for copy in group.copies()])
-
-    def _claim_gradients(self) -> None:
-        """The optimizer drops gradients between steps; ours are static, so they are zeroed and given back."""
-        if [parameter.data_ptr() for parameter, _ in self._parameters] != self._places:
-            raise RuntimeError("adapter parameters were moved after the engine was made; make a new EnginePath")
-        fresh = [(parameter, view) for parameter, view in self._parameters if parameter.grad is None]
-        if len(fresh) == len(self._parameters):
-            self._gradients.zero_()
-        else:
-            for _, view in fresh:
-                view.zero_()
-        for parameter, view in fresh:
-            parameter.grad = view
+        """All trained values as one vector, their gradients as another (fp32), and the parameters in that order."""
+        return self.trained.values, self.trained.gradients, self.trained.parameters
 
     def reserve(self, tokens: int) -> None:
         """Make buffers for micro-steps of up to `tokens` tokens; a larger one makes them grow later."""
@@ -182,18 +189,17 @@ class EnginePath:
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
         if self.shape.fp8:
             self._scratch.codes, self._scratch.scales = self._buffers.rows_of_codes()
-        self._documents = torch.zeros(2, capacity, dtype=torch.int32, device=self.device)
-        padded = -(-capacity // self._head.rows) * self._head.rows
-        self._inputs = torch.zeros(len(FIELDS), max(capacity, padded), dtype=torch.int64, device=self.device)
-        self._staging = _Staging(self._inputs)
+        names, read = integers(self.shape), documents(self.shape)
+        self._integers = Integers(names, read, capacity, self._head.rows, self.device)
+        self._sent_rows = None if self._hosted_VH is None else SentRows(self._hosted_VH, capacity)
 
     def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
-        rows, tokens = flatten(batch)
+        rows, tokens = flatten(batch, self._blank)
         assert self._buffers is not None
         if tokens > self._buffers.capacity:
             self.reserve(tokens)
         if scale is not None:
-            self._claim_gradients()
+            self.trained.claim()
             self._scale.fill_(scale)
         self._seed(scale is not None)
         self._loss_sum.zero_()
@@ -213,7 +219,7 @@ class EnginePath:
         else:
             self.dropout.off()
 
-    def _direct(self, rows: dict[str, torch.Tensor], tokens: int, backward: bool) -> None:
+    def _direct(self, rows: Rows, tokens: int, backward: bool) -> None:
         """One micro-step at its own size."""
         self._load(rows, tokens, tokens)
         self._forward(tokens)
@@ -222,17 +228,19 @@ class EnginePath:
         count = rows["index"].numel()
         for at in range(0, count, self._head.rows):
             stop = min(at + self._head.rows, count)
-            self._head_chunk(tokens, self._inputs[4, at:stop], self._inputs[5, at:stop], backward)
+            self._head_chunk(tokens, self._integers["index"][at:stop], self._integers["targets"][at:stop], backward)
         if backward:
             self._backward(tokens)
 
-    def _load(self, rows: dict[str, torch.Tensor], tokens: int, size: int) -> None:
-        """Copy a micro-step's integers to the device, padded to its static size."""
-        self._staging.send(rows, tokens, size, self._head.rows)
+    def _load(self, rows: Rows, tokens: int, size: int) -> None:
+        """Copy a micro-step's integers to the device, padded to its static size; with them hosted embeddings."""
+        ids = self._integers.send(rows, tokens, size)
+        if self._sent_rows is not None:
+            self._sent_rows.send(ids, self._embedded(size))
 
     def _tokens(self, tokens: int) -> Tokens:
-        documents = Documents(self._documents[0, :tokens], self._documents[1, :tokens])
-        return Tokens(self._inputs[1, :tokens], documents, self._rotary)
+        rows = Documents(*self._integers.documents[:, :tokens])
+        return Tokens(self._integers.positions(self.shape.axes, tokens), rows, self._rotary, self._slopes_h)
 
     def _views(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
         assert self._buffers is not None
@@ -245,32 +253,43 @@ class EnginePath:
     def _forward(self, tokens: int) -> None:
         """Token ids to the output of the last block, in `branch`."""
         self._refresh.run()
-        self._documents[:, :tokens].copy_(self._inputs[2:4, :tokens])
+        self._integers.narrow(tokens)
         assert self._buffers is not None
         offload, where = self._buffers.offload, self._tokens(tokens)
-        residual = None
+        stream = None
         for layer, block in enumerate(self.blocks):
             views = self._views(layer, tokens)
             kept = layer - self.lowest
             if offload and kept >= 0:
                 offload.before_write(kept)
             if layer == 0:
-                torch.index_select(self._embedding_VH, 0, self._inputs[0, :tokens], out=views["x"])
-            block.forward(views, where, residual)
-            residual = views["mid"]
+                self._embed(views, tokens)
+            stream = block.forward(views, where, stream)
             if offload and kept >= 0:
                 offload.store(kept, tokens)
-        assert residual is not None
+        assert stream is not None
         if offload:
             offload.join()
-        torch.add(residual, views["branch"], out=views["branch"])
+        block.output(views, stream, views["branch"])
+
+    def _embed(self, views: Views, tokens: int) -> None:
+        """Token ids to the input of the first block; hosted embeddings are there already."""
+        rows = self._embedded(tokens)
+        if self._hosted_VH is None:
+            torch.index_select(self._embedding_VH, 0, self._integers["ids"][:tokens], out=rows)
+        if self._embedding_norm is not None:
+            add_norm(rows, None, self._embedding_norm, None, views["x"], views["rstd1"], views["mean1"])
+
+    def _embedded(self, tokens: int) -> torch.Tensor:
+        """Where the embeddings go: the input of the first block, or beside it if they are normed."""
+        return self._views(0, tokens)["x" if self._embedding_norm is None else "branch"]
 
     def _head_chunk(self, tokens: int, index: torch.Tensor, targets: torch.Tensor, backward: bool) -> None:
         gradient = (self._scale, self._spare("d", tokens)) if backward else None
         self._head.chunk(self._spare("branch", tokens), index, targets, self._loss_sum, gradient)
 
     def _backward(self, tokens: int) -> None:
-        """Gradient of the last block's output, in `d`, to the gradients of all adapters."""
+        """Gradient of the last block's output, in `d`, to the gradients of all trained parameters."""
         assert self._buffers is not None
         offload, where = self._buffers.offload, self._tokens(tokens)
         for layer in range(len(self.blocks) - 1, self.lowest - 1, -1):
@@ -279,10 +298,12 @@ class EnginePath:
             self.blocks[layer].backward(self._views(layer, tokens), where)
             if offload:
                 offload.fetch_below(layer - self.lowest, tokens)
+        if self._embedding_dbias_H is not None:
+            add_column_sums(self._spare("d", tokens)[:tokens], 1.0, self._embedding_dbias_H)
         if offload:
             offload.join()
 
-    def _replay(self, rows: dict[str, torch.Tensor], tokens: int, backward: bool) -> None:
+    def _replay(self, rows: Rows, tokens: int, backward: bool) -> None:
         """One micro-step at the next static size, through captured graphs."""
         assert self._buffers is not None
         size = bucket(tokens, self._buffers.capacity)
@@ -301,7 +322,7 @@ class EnginePath:
     def _capture(self, size: int) -> dict[str, Any]:
         """Graphs of one static size. A first direct run compiles kernels and makes library handles."""
         chunk = torch.zeros(1, dtype=torch.int64, device=self.device)
-        index_CM, targets_CM = (self._inputs[row].view(-1, self._head.rows) for row in (4, 5))
+        index_CM, targets_CM = (self._integers[name].view(-1, self._head.rows) for name in ("index", "targets"))
 
         def forward() -> None:
             chunk.zero_()
@@ -321,12 +342,12 @@ class EnginePath:
             self._backward(size)
 
         steps = {"forward": forward, "loss": head(False), "head": head(True), "backward": backward}
-        kept = self._gradients.clone()
+        kept = self.trained.gradients.clone()
         with self.own_stream():
             for run in steps.values():
                 chunk.zero_()
                 run()
-        self._gradients.copy_(kept)
+        self.trained.gradients.copy_(kept)
         graphs: dict[str, Any] = {"chunk": chunk}
         for name, run in steps.items():
             graphs[name] = cuda.CUDAGraph()
@@ -334,61 +355,3 @@ class EnginePath:
                 run()
             self._pool = graphs[name].pool()  # replays never overlap, so all graphs share their temporaries
         return graphs
-
-
-class _Staging:
-    """Page-locked copies of a micro-step's integers, a few in turn, so that the host never waits for the device."""
-
-    def __init__(self, inputs: torch.Tensor, slots: int = 4) -> None:
-        self._inputs = inputs
-        self._cuda = inputs.is_cuda
-        self._slots = [torch.zeros(inputs.shape, dtype=inputs.dtype, pin_memory=self._cuda) for _ in range(slots)]
-        self._sent: list[Any] = [None] * slots
-        self._next = 0
-
-    def send(self, rows: dict[str, torch.Tensor], tokens: int, size: int, chunk: int) -> None:
-        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row."""
-        slot, self._next = self._next, (self._next + 1) % len(self._slots)
-        if self._sent[slot] is not None:
-            self._sent[slot].synchronize()
-        staged = self._slots[slot]
-        for row, name in enumerate(FIELDS[:4]):
-            staged[row, :tokens] = rows[name]
-        staged[0, tokens:size] = 0
-        staged[1, tokens:size] = 0
-        staged[2, tokens:size], staged[3, tokens:size] = tokens, size
-        count = rows["index"].numel()
-        padded = -(-count // chunk) * chunk if self._cuda else count
-        staged[4, :count], staged[4, count:padded] = rows["index"], size
-        staged[5, :count], staged[5, count:padded] = rows["targets"], IGNORE
-        self._inputs.copy_(staged, non_blocking=self._cuda)
-        if self._cuda:
-            self._sent[slot] = cuda.Event()
-            self._sent[slot].record()
-
-
-def flatten(batch: Batch) -> tuple[dict[str, torch.Tensor], int]:
-    """The real tokens of a padded or packed batch one after another, on the host.
-
-    Returns:
-        `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one
-        past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. And T.
-    """
-    ids, labels, positions = batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT
-    if batch.attention_mask_BT is not None:
-        real = batch.attention_mask_BT.bool()
-        ids, labels, positions = ids[real], labels[real], positions[real]
-    ids, labels, positions = ids.reshape(-1), labels.reshape(-1), positions.reshape(-1)
-    tokens = ids.numel()
-    starts = (positions == 0).nonzero().view(-1)
-    lengths = torch.diff(starts, append=torch.tensor([tokens]))
-    (index,) = (labels[1:] != IGNORE).nonzero(as_tuple=True)
-    rows = {
-        "ids": ids,
-        "positions": positions,
-        "start": starts.repeat_interleave(lengths),
-        "end": (starts + lengths).repeat_interleave(lengths),
-        "index": index,
-        "targets": labels[index + 1],
-    }
-    return rows, tokens

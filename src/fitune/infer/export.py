@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
+from fitune.config import load as load_config
 from fitune.data.templates import Template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
+from fitune.infer.disk import check_free, new_folder
 from fitune.infer.load import RunParts, load, run_parts
 from fitune.infer.merge import merge_files
+from fitune.methods import METHODS
 from fitune.methods.base import CONFIG, write_json
-from fitune.model.folder import copy_tokenizer
 from fitune.model.load import pick_dtype
-from fitune.model.weights import check_target, new_folder
 
 FORMS = ("merged", "adapter")
 
@@ -31,7 +32,8 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
 
     Args:
         target: must not exist, or be an empty folder.
-        form: "merged" (the adapter folded into the base) or "adapter" (PEFT's files for LoRA, ours for BitFit).
+        form: "merged" (the adapter folded into the base; not for virtual tokens, which no weights hold) or "adapter"
+            (PEFT's files; fitune's own for bitfit and freeze).
         dtype: of the merged weights; None: as trained.
 
     Raises:
@@ -42,13 +44,13 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
         raise ConfigError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"dtype is {dtype!r}, but an adapter is exported as it was trained; leave dtype out")
-    check_target(target, "--to")
+    check_free(target, "--to")
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is not a run folder; `fitune export` needs one, made by `fitune train`")
+    _check_form(run, form)
     parts = run_parts(run)
-    if form == "adapter" and parts.method.folder != "adapter":
-        raise ConfigError(f"method {parts.method.name} has no adapter; export it merged")
-    with new_folder(target) as folder:
+
+    def fill(folder: Path) -> None:
         if form == "adapter":
             load(run, device="cpu")  # it belongs to its base and is whole
             shutil.copytree(parts.result, folder, dirs_exist_ok=True)
@@ -56,7 +58,21 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
         else:
             _write_merged(run, parts, folder, dtype)
         write_companions(folder, parts.template, parts.tokenizer)
+
+    new_folder(target, fill)
     return target
+
+
+def _check_form(run: Path, form: str) -> None:
+    """Refuse a form that the run's method does not have, before anything loads."""
+    method = METHODS[load_config(run / "config.yaml").method.name]
+    if form == "merged" and method.merge is None:
+        raise ConfigError(
+            f"{run} was trained with method.name={method.name}: its virtual tokens stand in front of every row, and no "
+            "weights of the model could hold them. Export it with --form adapter (form='adapter')"
+        )
+    if form == "adapter" and method.folder != "adapter":
+        raise ConfigError(f"method {method.name} has no adapter; export it merged")
 
 
 def _write_merged(run: Path, parts: RunParts, folder: Path, dtype: str | None) -> None:
@@ -67,6 +83,7 @@ def _write_merged(run: Path, parts: RunParts, folder: Path, dtype: str | None) -
         settings.save_pretrained(folder)
         return
     loaded = load(run, dtype=dtype, device="cpu", quantization="none")
+    assert parts.method.merge is not None, "checked"
     model: Any = parts.method.merge(loaded.model)
     model.generation_config = settings
     model.config.use_cache = True
@@ -77,7 +94,7 @@ def _write_merged(run: Path, parts: RunParts, folder: Path, dtype: str | None) -
 
 def write_companions(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
     """Put beside weights what makes them answer and stop elsewhere: tokenizer and chat template."""
-    copy_tokenizer(tokenizer.folder, folder)
+    tokenizer.save(folder)
     write_chat_template(folder, template, tokenizer)
 
 

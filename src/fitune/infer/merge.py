@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from fitune.errors import CheckpointError, ConfigError
-from fitune.infer.load import RunParts, check_base
+from fitune.infer.load import RunParts
 from fitune.methods.merging import Edits
+from fitune.model.adapter import check_base
 from fitune.model.bitsandbytes_format import StoredWeight, read_stored, stored_weights
 from fitune.model.folder import inspect_folder
-from fitune.model.load import DTYPES, class_and_options, fingerprint
+from fitune.model.load import DTYPES, class_and_options, identity, open_weights
 from fitune.model.quantize import QuantLinear
 from fitune.model.weights import ShardWriter, WeightFiles, names_in_model
 
@@ -27,22 +28,23 @@ def merge_files(parts: RunParts, dtype: str, out: Path) -> bool:
     Args:
         dtype: of the merged weights, a key of `DTYPES`.
     Returns:
-        False, with nothing written, if only a loaded model can be merged: the method has no edits, the base is in .bin
-        files or under names that transformers converts.
+        False, with nothing written, if only a loaded model can be merged: the method has no edits, or the base has
+        names that transformers converts.
     Raises:
         CheckpointError: the adapter belongs to another base, is damaged, or does not fit.
         ConfigError: the base cannot be read, or merged weights are too large for `dtype`.
     Memory: the adapter, one shard of `weights.SHARD_BYTES`, and two fp32 copies of one weight.
     """
     raw = inspect_folder(parts.folder)
-    if raw.weights_format != "safetensors" or (edits := parts.method.edits(parts.result)) is None:
+    edits = parts.method.edits(parts.result)
+    if edits is None:
         return False
     if parts.method.folder == "adapter":
-        check_base(parts.result, parts.folder, fingerprint(parts.folder, raw.weight_files))
-    model_class, options = class_and_options(raw, parts.folder, dtype)
+        check_base(parts.result, parts.folder, identity(parts.folder, raw.weight_files), must_say=True)
+    model_class, options = class_and_options(parts.folder, raw, dtype)
     with torch.device("meta"):
         model = model_class(options["config"])
-    weights = WeightFiles(parts.folder, raw.weight_files)
+    weights = open_weights(parts.folder, raw)
     stored = stored_weights(weights) if raw.quantization != "none" else {}
     companions = {name for one in stored.values() for name in one.companions}
     shapes = {name: stored[name].shape if name in stored else shape for name, shape in weights.shapes.items()}

@@ -23,7 +23,7 @@ from fitune.data.prepare import prepare
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
 from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder
-from fitune.model.load import DTYPES, check_report, class_and_options, load_base, reading
+from fitune.model.load import DTYPES, check_report, class_and_options, load_base, open_weights, reading
 from fitune.model.quantize import block_linears
 from fitune.model.rounding import Rounding, measure_layer, total
 from fitune.model.standins import load_around
@@ -95,7 +95,7 @@ def quantize_report(
         ConfigError: the folder cannot be read or is quantized already, or an argument is not allowed.
         DataError: bad rows.
     Memory: embedding, one linear layer in its dtype and about five times in fp32, activations of `MAX_ROWS` rows. All
-        weights if the files are .bin or have other names than the model.
+        weights if they have other names than those of the model.
     """
     if not 0 <= threshold <= 65504:
         raise ConfigError(f"--threshold is {threshold:g}; allowed: 0 to 65504")
@@ -140,15 +140,15 @@ def _rows(folder: Path, files: tuple[str, ...]) -> torch.Tensor | None:
 
 def _open(folder: Path, raw: ModelFolder, dtype: str) -> tuple[nn.Module, dict[str, str], WeightFiles | None]:
     """The model, and for each weight that is a stand-in its name in the files, to be read one by one."""
-    model_class, options = class_and_options(raw, folder, dtype)
+    model_class, options = class_and_options(folder, raw, dtype)
     with torch.device("meta"):
         outline = model_class(options["config"])
     linears = {f"{name}.weight" for name in block_linears(outline)}
     if not linears:
         raise ConfigError(f"{folder}: the blocks of a {model_class.__name__} have no linear layers of the usual kind")
-    weights = WeightFiles(folder, raw.weight_files) if raw.weights_format == "safetensors" else None
-    names = weights and names_in_model(outline, weights.shapes)
-    if not names or not weights:
+    weights = open_weights(folder, raw)
+    names = names_in_model(outline, weights.shapes)
+    if names is None:
         return load_base(folder, dtype, torch.device("cpu")).model, {}, None
     absent = {source: weights.shapes[source] for source, name in names.items() if name in linears}
     with reading(folder):

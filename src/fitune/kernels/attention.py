@@ -1,9 +1,10 @@
-"""Causal attention inside documents: the rows of a micro-step stand one after another and see only their own document.
+"""Attention inside documents: the rows of a micro-step stand one after another and see only their own document.
 
-Forward keeps the output and one log-sum-exp per query and head; backward makes the scores again from those
-(FlashAttention-2, arXiv:2307.08691), so nothing quadratic is stored. On CPU each document goes through PyTorch's own
-blocked kernel; on CUDA `attention_triton` does all documents in one launch. Shapes decide everything there, no value is
-read by the host, so a CUDA graph can hold both.
+A token sees itself, what stands before it, and all of its document's prefix, if documents have one. Forward keeps the
+output and one log-sum-exp per query and head; backward makes the scores again from those (FlashAttention-2,
+arXiv:2307.08691), so nothing quadratic is stored. On CPU each document goes through PyTorch's own blocked kernel; on
+CUDA `attention_triton` does all documents in one launch. Shapes decide everything there, no value is read by the host,
+so a CUDA graph can hold both.
 
 Shapes: T tokens, h query heads, g key/value heads (h is a multiple of g), d head width, n tokens of one document.
 """
@@ -29,15 +30,18 @@ class Documents:
     Attributes:
         start_T: (T,) int32, index of the first token of the token's document.
         end_T: (T,) int32, index past the last token of the token's document.
+        until_T: (T,) int32, index past the last token of the document's prefix, whose tokens see each other both ways
+            (UniLM, arXiv:1905.03197); from start (no prefix) to end. None: no document has one.
     """
 
     start_T: torch.Tensor
     end_T: torch.Tensor
+    until_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a query scores the keys up to its own position in its own document.
+    """How a query scores the keys it sees.
 
     Attributes:
         documents: which keys a query sees.
@@ -56,7 +60,7 @@ class QKV:
 
     Attributes:
         q_Thd: (T, h, d). Query head i reads key head i // (h / g).
-        k_Tgd, v_Tgd: (T, g, d).
+        k_Tgd, v_Tgd: (T, g, d). The stride of heads is that of q.
     """
 
     q_Thd: torch.Tensor
@@ -70,6 +74,12 @@ class QKV:
         rows_Thd = rows_Tn.view(len(rows_Tn), every, rows_Tn.shape[1] // every)
         return QKV(rows_Thd[:, :heads], rows_Thd[:, heads : heads + kv_heads], rows_Thd[:, heads + kv_heads :])
 
+    @staticmethod
+    def of_heads(rows_Tn: torch.Tensor, heads: int) -> QKV:
+        """Views into one buffer of rows that hold [q | k | v] of one head after another, n = 3 h d."""
+        rows_Th3d = rows_Tn.view(len(rows_Tn), heads, 3, rows_Tn.shape[1] // (3 * heads))
+        return QKV(*rows_Th3d.unbind(2))
+
 
 def attention(qkv: QKV, scoring: Scoring, out_Thd: torch.Tensor, lse_hT: torch.Tensor) -> None:
     """Write softmax(scale q k^T + slope (key - query)) v over the keys a query sees.
@@ -81,7 +91,7 @@ def attention(qkv: QKV, scoring: Scoring, out_Thd: torch.Tensor, lse_hT: torch.T
         lse_hT: (h, T) fp32, contiguous: natural logarithm of the sum of exp(score). Written.
     Raises:
         ConfigError: heads wider than 256, or a dtype that is not bf16, fp16 or fp32.
-    Memory: on CUDA nothing. On CPU the output of one document; with slopes one (n, n) mask besides.
+    Memory: on CUDA nothing. On CPU the output of one document; with slopes or a prefix one (n, n) mask besides.
     Source: FlashAttention-2, arXiv:2307.08691. Differs: documents by index range, not by a list of lengths.
     """
     _check(qkv)
@@ -113,7 +123,7 @@ def attention_backward(
         delta_hT: (h, T) fp32, contiguous. Scratch, used on CUDA.
     Raises:
         ConfigError: heads wider than 256, or a dtype that is not bf16, fp16 or fp32.
-    Memory: on CUDA nothing. On CPU the gradients of one document; with slopes one (n, n) mask besides.
+    Memory: on CUDA nothing. On CPU the gradients of one document; with slopes or a prefix one (n, n) mask besides.
     Source: FlashAttention-2, arXiv:2307.08691. Differs: dq has its own pass over the keys; no atomic sums.
     """
     _check(qkv)
@@ -202,17 +212,30 @@ class _Part(NamedTuple):
 
 def _parts(qkv: QKV, scoring: Scoring, span: slice) -> Iterator[_Part]:
     heads, kv_heads = qkv.q_Thd.shape[1], qkv.k_Tgd.shape[1]
-    group = heads // kv_heads
+    group, dtype = heads // kv_heads, qkv.q_Thd.dtype
+    unseen_nn = _unseen(scoring.documents, span)
     if scoring.slopes_h is None:
+        zeros_11 = torch.zeros(1, 1, dtype=dtype)
+        mask = None if unseen_nn is None else zeros_11.where(~unseen_nn, float("-inf"))[None, None]
         for member in range(group):
-            yield _Part(slice(member, None, group), slice(None), None)
+            yield _Part(slice(member, None, group), slice(None), mask)
         return
     position_n = torch.arange(span.stop - span.start, dtype=torch.float32)
+    unseen_nn = position_n > position_n[:, None] if unseen_nn is None else unseen_nn
     for head in range(heads):
         mask_nn = (position_n - position_n[:, None]).mul_(scoring.slopes_h[head])
-        mask_nn.masked_fill_(position_n > position_n[:, None], float("-inf"))
+        mask_nn.masked_fill_(unseen_nn, float("-inf"))
         kv_head = head // group
-        yield _Part(slice(head, head + 1), slice(kv_head, kv_head + 1), mask_nn.to(qkv.q_Thd.dtype)[None, None])
+        yield _Part(slice(head, head + 1), slice(kv_head, kv_head + 1), mask_nn.to(dtype)[None, None])
+
+
+def _unseen(documents: Documents, span: slice) -> torch.Tensor | None:
+    """(n, n) bool, True where a query of the document does not see a key; None if that is what comes after it."""
+    prefix = 0 if documents.until_T is None else int(documents.until_T[span.start]) - span.start
+    if prefix < 2:  # one token sees itself anyway
+        return None
+    position_n = torch.arange(span.stop - span.start)
+    return (position_n > position_n[:, None]) & (position_n >= prefix)
 
 
 def _batched(x_Thd: torch.Tensor, span: slice, part: slice) -> torch.Tensor:

@@ -99,9 +99,9 @@ def attention_triton(
     k, v = _loop_inputs([qkv.k_Tgd, qkv.v_Tgd], tile.keys, tile)
     grid = heads, triton.cdiv(tokens, tile.rows)
     forward_kernel[grid](
-        qkv.q_Thd, k, v, out_Thd, lse_hT, scoring.documents.start_T, _slopes(scoring, lse_hT),
+        qkv.q_Thd, k, v, out_Thd, lse_hT, scoring.documents.start_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0), out_Thd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, scoring, tile, k, grid),
+        tokens, scoring.scale, **_constants(qkv, qkv, scoring, tile, k, grid),
     )  # fmt: skip
 
 
@@ -135,10 +135,10 @@ def queries_backward_triton(
     grid = heads, triton.cdiv(tokens, tile.rows)
     dq_kernel[grid](
         qkv.q_Thd, k, v, out_Thd, dout_Thd, dqkv.q_Thd, lse_hT, delta_hT,
-        scoring.documents.start_T, _slopes(scoring, lse_hT),
+        scoring.documents.start_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
         out_Thd.stride(0), dout_Thd.stride(0), dqkv.q_Thd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, scoring, tile, k, grid),
+        tokens, scoring.scale, **_constants(qkv, dqkv, scoring, tile, k, grid),
     )  # fmt: skip
 
 
@@ -158,10 +158,10 @@ def keys_backward_triton(
     grid = kv_heads, triton.cdiv(tokens, tile.keys)
     dkv_kernel[grid](
         q, qkv.k_Tgd, qkv.v_Tgd, dout, dqkv.k_Tgd, dqkv.v_Tgd, lse_hT, delta_hT,
-        scoring.documents.end_T, _slopes(scoring, lse_hT),
+        scoring.documents.start_T, scoring.documents.end_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
         dout_Thd.stride(0), dqkv.k_Tgd.stride(0), dqkv.v_Tgd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, scoring, tile, q, grid),
+        tokens, scoring.scale, **_constants(qkv, dqkv, scoring, tile, q, grid),
     )  # fmt: skip
 
 
@@ -178,24 +178,46 @@ def _slopes(scoring: Scoring, unused: torch.Tensor) -> torch.Tensor:
     return unused if scoring.slopes_h is None else scoring.slopes_h  # a kernel without slopes never reads the pointer
 
 
+def _until(scoring: Scoring) -> torch.Tensor:
+    """Ends of prefixes; a kernel for documents without prefixes never reads the pointer."""
+    return scoring.documents.start_T if scoring.documents.until_T is None else scoring.documents.until_T
+
+
 def _loop_inputs(sources: list[torch.Tensor], rows: int, tile: Tile) -> list[Any]:
     """Descriptors of both if the tile wants them and both can have them, else the tensors."""
     width = sources[0].shape[2]
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in sources)
     if not tile.tma or not aligned or width != triton.next_power_of_2(width):
         return list(sources)
-    return [TensorDescriptor(x, [len(x), x.shape[1] * width], [x.stride(0), 1], [rows, width]) for x in sources]
+    columns = [(x.shape[1] - 1) * x.stride(1) + width for x in sources]
+    return [
+        TensorDescriptor(x, [len(x), wide], [x.stride(0), 1], [rows, width])
+        for x, wide in zip(sources, columns, strict=True)
+    ]
 
 
-def _constants(qkv: QKV, scoring: Scoring, tile: Tile, source: object, grid: tuple[int, int]) -> dict[str, Any]:
+def _head_stride(*every: QKV) -> int:
+    """The distance of two heads, which queries, keys, values and their gradients share."""
+    tensors = [x for qkv in every for x in (qkv.q_Thd, qkv.k_Tgd, qkv.v_Tgd)]
+    found = {x.stride(1) for x in tensors if x.shape[1] > 1} or {tensors[0].shape[2]}
+    if len(found) > 1:
+        raise ValueError(f"heads of q, k and v are {sorted(found)} elements apart; pass views with one distance")
+    return found.pop()
+
+
+def _constants(
+    qkv: QKV, dqkv: QKV, scoring: Scoring, tile: Tile, source: object, grid: tuple[int, int]
+) -> dict[str, Any]:
     width = qkv.q_Thd.shape[2]
     return {
         "GROUP": qkv.q_Thd.shape[1] // qkv.k_Tgd.shape[1],
         "D": width,
+        "HEAD": _head_stride(qkv, dqkv),
         "WIDTH": max(triton.next_power_of_2(width), 16),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "ALIBI": scoring.slopes_h is not None,
+        "PREFIX": scoring.documents.until_T is not None,
         "TMA": isinstance(source, TensorDescriptor),
         # two programs fit on a processor with most tiles, so that these all start at once
         "PAIRED": grid[0] * grid[1] <= 2 * _processors(qkv.q_Thd.device),

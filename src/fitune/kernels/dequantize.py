@@ -114,7 +114,7 @@ def dequantize_4bit_reference(
     count = out_NK.numel()
     blocks = -(-count // BLOCK_SIZE)
     scale_G = absmax_G[:blocks]
-    if nested_absmax_S is not None and nested_code_256 is not None:
+    if nested_absmax_S is not None and nested_code_256 is not None and offset is not None:
         scale_G = nested_code_256[absmax_G[:blocks].int()]
         scale_G *= nested_absmax_S.repeat_interleave(NESTED_BLOCK_SIZE)[:blocks]
         scale_G += offset

@@ -24,11 +24,14 @@ class Norm:
         weight_H: (H,) fp32 or the model's dtype.
         bias_H: (H,) or None; only a layer norm has one.
         eps: added to the variance.
+        carried: None: the residual stream passes beside the norm, x + f(norm(x)). A factor: it passes through it,
+            carried * norm(x) + f(norm(x)), as in ChatGLM-6B.
     """
 
     weight_H: torch.Tensor
     bias_H: torch.Tensor | None
     eps: float
+    carried: float | None = None
 
 
 def add_norm(
@@ -106,13 +109,15 @@ def norm_backward(
 ) -> None:
     """Add the gradient with respect to the norm's input to d, and make the norm's output again if asked.
 
+    If the norm carries the stream, its output's gradient is dy + carried * d, and d is replaced by its input's.
+
     Args:
-        dy_TH: (T, H) gradient of the norm's output.
+        dy_TH: (T, H) gradient of the norm's output, without what the stream brings.
         x_TH: (T, H) input of the norm (the sum that `add_norm` wrote).
         norm: weight, bias and eps; they get no gradient.
         rstd_T: (T,) fp32 from `add_norm`.
         mean_T: (T,) fp32 from `add_norm`, or None for RMS norm.
-        d_TH: (T, H) gradient of the residual stream; accumulated in place, in fp32 and rounded once.
+        d_TH: (T, H) gradient of the residual stream; changed in place, in fp32 and rounded once.
         y_TH: (T, H) the normalized rows are written here; may be dy_TH itself. None: not wanted.
     Raises:
         ValueError: shapes or strides that do not fit, or H above 16,384.
@@ -140,7 +145,10 @@ def norm_backward_reference(
     y_TH: torch.Tensor | None,
 ) -> None:
     """Plain PyTorch `norm_backward`."""
-    g_TH = dy_TH.float() * norm.weight_H.float()
+    beside_TH, dout_TH = d_TH.float(), dy_TH.float()
+    if norm.carried is not None:
+        beside_TH, dout_TH = torch.zeros_like(beside_TH), dout_TH + norm.carried * beside_TH
+    g_TH = dout_TH * norm.weight_H.float()
     hat_TH = x_TH.float()
     if mean_T is not None:
         hat_TH = hat_TH - mean_T[:, None]
@@ -148,7 +156,7 @@ def norm_backward_reference(
     dx_TH = g_TH - hat_TH * (g_TH * hat_TH).mean(1, keepdim=True)
     if mean_T is not None:
         dx_TH -= g_TH.mean(1, keepdim=True)
-    d_TH.copy_(d_TH.float() + dx_TH * rstd_T[:, None])
+    d_TH.copy_(beside_TH + dx_TH * rstd_T[:, None])
     if y_TH is not None:
         norm_only_reference(x_TH, norm, rstd_T, mean_T, y_TH)
 

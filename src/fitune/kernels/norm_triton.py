@@ -67,6 +67,7 @@ def norm_backward(
         x_TH.stride(0),
         d_TH.stride(0),
         0 if y_TH is None else y_TH.stride(0),
+        norm.carried,
         width,
         BLOCK=block,
         num_warps=warps(block),
@@ -135,13 +136,15 @@ def _add_norm(
 
 @triton.jit
 def _norm_backward(
-    dy, x, weight, bias, rstd, mean, d, y, sdy, sx, sd, sy, H, BLOCK: tl.constexpr
+    dy, x, weight, bias, rstd, mean, d, y, sdy, sx, sd, sy, carried, H, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     keep = col < H
     v = tl.load(x + row * sx + col, mask=keep, other=0.0).to(tl.float32)
     g = tl.load(dy + row * sdy + col, mask=keep, other=0.0).to(tl.float32)
+    if carried is not None:
+        g += tl.load(d + row * sd + col, mask=keep, other=0.0).to(tl.float32) * carried
     g *= tl.load(weight + col, mask=keep, other=0.0).to(tl.float32)
     r = tl.load(rstd + row)
     m = 0.0
@@ -151,8 +154,10 @@ def _norm_backward(
     dx = g - hat * (tl.sum(g * hat, 0) / H)
     if mean is not None:
         dx -= tl.sum(g, 0) / H
-    old = tl.load(d + row * sd + col, mask=keep, other=0.0).to(tl.float32)
-    tl.store(d + row * sd + col, (old + dx * r).to(d.dtype.element_ty), mask=keep)
+    dx *= r
+    if carried is None:
+        dx += tl.load(d + row * sd + col, mask=keep, other=0.0).to(tl.float32)
+    tl.store(d + row * sd + col, dx.to(d.dtype.element_ty), mask=keep)
     if y is not None:
         out = _normalized(v, m, r, weight, bias, col, keep, mean is None, x.dtype.element_ty)
         tl.debug_barrier()  # y may be dy: every thread has read its part before any writes

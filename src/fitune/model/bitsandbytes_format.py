@@ -180,7 +180,7 @@ def to_stored(layer: QuantLinear, name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def quantization_config(model: nn.Module, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_config(model: Any, quantization: str) -> dict[str, Any]:
     """config.json's section for such files: transformers makes every other linear layer one of bitsandbytes."""
     plain = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     in_4_bits = quantization != "int8"
@@ -192,7 +192,7 @@ def quantization_config(model: nn.Module, quantization: str, dtype: torch.dtype)
         "llm_int8_skip_modules": plain,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": quantization if in_4_bits else "fp4",
         "bnb_4bit_use_double_quant": in_4_bits,

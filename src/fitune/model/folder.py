@@ -6,28 +6,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune.config import RunConfig, build
+from fitune.config import RunConfig, check
 from fitune.errors import ConfigError
+from fitune.plan.arch import read_arch
+from fitune.plan.chatglm import glm_config, is_original, is_version_1
 
 MAX_CONFIG_BYTES = 4_000_000
 # A hostile config.json must not make us allocate: these are ten times the largest published models.
 LIMITS = {"vocab_size": 10_000_000, "hidden_size": 200_000, "num_hidden_layers": 2_000, "intermediate_size": 2_000_000}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 TEXT_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 HUB_PATTERNS = ["*.safetensors", *TEXT_PATTERNS]
 
@@ -37,11 +28,12 @@ class ModelFolder:
     """Facts of one model folder.
 
     Attributes:
-        config: config.json.
-        model_type: its `model_type`.
+        config: config.json; of an original ChatGLM2 or 3 folder that of the GLM model it is read as.
+        model_type: its `model_type`; `chatglm` is ChatGLM-6B, the first version.
         weight_files: names inside the folder, all of one format.
         weights_format: "safetensors" or "bin".
         quantization: how bitsandbytes stored the weights: int8, nf4, fp4; "none": it did not.
+        original: config.json of an original ChatGLM2 or 3 folder, whose weights have other names; else None.
     """
 
     config: dict[str, Any]
@@ -49,6 +41,7 @@ class ModelFolder:
     weight_files: tuple[str, ...]
     weights_format: str
     quantization: str = "none"
+    original: dict[str, Any] | None = None
 
 
 def embedded_path() -> Path:
@@ -114,7 +107,12 @@ def inspect_folder(folder: Path) -> ModelFolder:
         ConfigError: missing or damaged files, remote code, unknown quantization, absurd sizes.
     """
     config = read_config(folder)
-    if "auto_map" in config:
+    original = None
+    if is_original(config):  # the folder's own code, which its `auto_map` names, is not needed: fitune knows these
+        read_arch(config)  # checks the sizes
+        if not is_version_1(config):
+            config, original = glm_config(config), config
+    elif "auto_map" in config:
         raise ConfigError(
             f"{folder}: config.json wants code from the model repository (auto_map), which fitune never runs. Use a "
             "version of the model that transformers supports by itself"
@@ -125,7 +123,7 @@ def inspect_folder(folder: Path) -> ModelFolder:
         if files and stored != "none" and weights_format == "bin":
             raise ConfigError(f"{folder}: weights of bitsandbytes are read from safetensors only; save the model so")
         if files:
-            return ModelFolder(config, config["model_type"], files, weights_format, stored)
+            return ModelFolder(config, config["model_type"], files, weights_format, stored, original)
     raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
 
 
@@ -184,21 +182,15 @@ def with_stored_quantization(config: RunConfig, folder: Path) -> RunConfig:
             f"model.quantization is {wanted}, but {folder} holds weights in {stored}, which would be rounded twice; "
             f"leave it out, or give the 16-bit model"
         )
-    tree = config.model_dump()
-    tree["model"]["quantization"] = stored if wanted == "none" else wanted
-    if tree["model"]["int8_compute"] == "llm_int8" and tree["model"]["quantization"] == "none":
+    if stored != wanted and stored != "none":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": stored})})
+        check(config)
+    if config.model.int8_compute == "llm_int8" and config.model.quantization == "none":
         raise ConfigError(
             "model.int8_compute is llm_int8, but model.quantization is none; set model.quantization=int8 or "
             "model.int8_compute=weight_only"
         )
-    return build(tree)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files from one model folder into another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    return config
 
 
 def _weight_files(folder: Path, pattern: str) -> tuple[str, ...]:

@@ -109,7 +109,9 @@ class QuantLinear(nn.Linear):
             tables = {"table": code_table(quantization).to(device)}
             if "nested_absmax" in buffers:
                 tables["absmax_table"] = absmax_table().to(device)
-            buffers = {"nested_absmax": None, "offset": None, "absmax_table": None, **tables, **buffers}
+            for name in ("nested_absmax", "offset", "absmax_table"):
+                self.register_buffer(name, None, persistent="table" not in name)
+            buffers = tables | buffers
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent="table" not in name)
 

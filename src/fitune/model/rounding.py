@@ -165,14 +165,14 @@ def measure_layer(name: str, weight_NK: torch.Tensor, x_TK: torch.Tensor | None,
 def _histogram(weight_NK: torch.Tensor) -> list[int]:
     counts = torch.zeros(BINS)
     flat = weight_NK.reshape(-1)
-    for part in flat.split(SLICE // BLOCK_SIZE * BLOCK_SIZE):
+    for part in torch.split(flat, SLICE // BLOCK_SIZE * BLOCK_SIZE):
         counts += torch.histc(scaled_blocks(part)[0].cpu(), BINS, -1.0, 1.0)
     return [int(count) for count in counts]
 
 
 def _square(x: torch.Tensor) -> float:
     """‖x‖², summed in float64 slice by slice."""
-    return float(sum(part.double().square().sum() for part in x.flatten().split(SLICE)))
+    return float(sum(part.double().square().sum() for part in torch.split(x.flatten(), SLICE)))
 
 
 def _ratio(error: float, square: float) -> float:

@@ -57,7 +57,7 @@ def load_around(
 
 
 def load_stored(
-    model_class: Any, options: dict[str, Any], folder: Path, files: tuple[str, ...], device: torch.device
+    model_class: Any, options: dict[str, Any], folder: Path, weights: WeightFiles, device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model that bitsandbytes quantized: its linear layers become `QuantLinear` on `device`, the rest is on CPU.
 
@@ -65,7 +65,6 @@ def load_stored(
         ConfigError: no weight is stored so, or one that is no linear layer of a block.
     Memory: on `device` the result; on the host what is not quantized, and pages of the weight files.
     """
-    weights = WeightFiles(folder, files)
     stored = stored_weights(weights)
     if not stored:
         raise ConfigError(

@@ -1,74 +1,64 @@
 """Weights as files: read tensor by tensor, written shard by shard, so that no whole model need be in memory.
 
-weights = WeightFiles(folder, inspect_folder(folder).weight_files)
-with new_folder(target) as out:
-    writer = ShardWriter(out)
-    for name in weights.shapes:
-        writer.add(name, weights.read(name))
-    writer.finish()
+weights = open_weights(folder, inspect_folder(folder))
+writer = ShardWriter(out)
+for name in weights.shapes:
+    writer.add(name, weights.read(name))
+writer.finish()
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fitune.errors import CheckpointError, ConfigError
+from fitune.errors import ConfigError
 
 SHARD_BYTES = 2**31
 
 
 class WeightFiles:
-    """The tensors of a folder's safetensors files by name; a tensor is read when it is asked for.
+    """Tensors of a folder's weight files by name; a tensor is read when it is asked for.
 
     Args:
-        files: their names in the folder.
+        files: their names.
+        read_file: a file's tensors by name, mapped into memory: only what is touched is read.
     Attributes:
         shapes: shape of every tensor by name, file after file.
     Raises:
         ConfigError: a file is damaged.
-    Memory: pages of the file that was read last, which the system may drop; what `read` returns.
+    Memory: touched pages of the file that was read last, and what `read` returns.
     """
 
-    def __init__(self, folder: Path, files: tuple[str, ...]) -> None:
-        self._folder = folder
+    def __init__(self, files: tuple[str, ...], read_file: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        self._read_file = read_file
+        self._open: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self._file: dict[str, str] = {}
         self.shapes: dict[str, torch.Size] = {}
-        self._open: tuple[str, Any] | None = None
         for file in files:
-            reader = self._reader(file)
-            for name in reader.keys():  # noqa: SIM118  # no mapping
+            for name, tensor in self._tensors(file).items():
                 self._file[name] = file
-                self.shapes[name] = torch.Size(reader.get_slice(name).get_shape())
+                self.shapes[name] = tensor.shape
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on CPU, as stored; it may be a view of the file: do not write to it."""
-        file = self._file[name]
-        try:
-            tensor: torch.Tensor = self._reader(file).get_tensor(name)
-        except SafetensorError as error:
-            raise self._damaged(file, error) from error
-        return tensor
+        return self._tensors(self._file[name])[name]
 
-    def _reader(self, file: str) -> Any:
-        if self._open is None or self._open[0] != file:
+    def _tensors(self, file: str) -> dict[str, torch.Tensor]:
+        if self._open[0] != file:
+            self._open = ("", {})  # its pages, before those of the next one
             try:
-                self._open = file, safe_open(self._folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(file, error) from error
+                self._open = file, self._read_file(file)
+            except SafetensorError as error:
+                raise ConfigError(f"{file}: is damaged or cut short ({error}); download it again") from error
         return self._open[1]
-
-    def _damaged(self, file: str, error: Exception) -> ConfigError:
-        return ConfigError(f"{self._folder / file}: is damaged or cut short ({error}); download it again")
 
 
 class ShardWriter:
@@ -100,7 +90,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             os.rename(self._part(1), self._folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             os.rename(self._part(number), self._folder / file)
@@ -139,43 +129,3 @@ def names_in_model(model: Any, shapes: Mapping[str, torch.Size]) -> dict[str, st
                 found[source] = name
                 break
     return found if len(found) == len(wanted) == len(set(found.values())) else None
-
-
-def check_target(target: Path, option: str) -> None:
-    """Refuse a place that already holds something.
-
-    Raises:
-        ConfigError: `target` is a file or a folder with something in it.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{option} {target}: exists and is not an empty folder; give a new one")
-
-
-@contextmanager
-def new_folder(target: Path, option: str = "--to") -> Iterator[Path]:
-    """A folder to fill, which gets its name when all is written; after an error nothing is left.
-
-    Args:
-        target: must not exist, or be an empty folder.
-        option: how the user named it, for messages.
-    Raises:
-        ConfigError: `target` is taken.
-        CheckpointError: the disk does not take it.
-    """
-    check_target(target, option)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.tmp-") as temporary:
-            folder = Path(temporary) / "out"
-            folder.mkdir()
-            yield folder
-            if target.exists():
-                target.rmdir()
-            os.rename(folder, target)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        raise CheckpointError(f"{option} {target}: {reason}; nothing was left there") from error
-    except SafetensorError as error:  # its own name for a full disk
-        raise CheckpointError(
-            f"{option} {target}: the weights cannot be written ({error}); is the disk full? Nothing was left there"
-        ) from error

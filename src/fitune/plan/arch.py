@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fitune.errors import ConfigError
+from fitune.plan.chatglm import check_version_1, glm_config, is_version_1
 from fitune.plan.saves import BlockShape
 
 Config = Mapping[str, Any]  # config.json is whatever its author wrote
@@ -67,7 +68,7 @@ class ArchSpec:
         gated: the MLP has a gate.
         norm: RMSNorm, or LayerNorm with a bias.
         qk_norm: queries and keys are normalised per head.
-        rotary: rotated width of a head; 0 without rotary positions.
+        rotary: width of a head that one axis of rotary positions turns; 0 without them (ALiBi).
         positions: longest sequence the model knows, if it says so.
         plain: what in config.json keeps the model off the engine (docs/engine.md); None: nothing does.
         targets: what `method.target_modules=attention` stands for.
@@ -76,6 +77,8 @@ class ArchSpec:
         parameters: every parameter of the model, tied ones once.
         quantized: the linear layers are quantized in the files, by bitsandbytes.
         double_quant: absmax values of 4-bit weights are in 8 bits; bitsandbytes may have stored them in fp32.
+        axes: positions of a token.
+        prefix: a document's tokens see all of what stands before its answer.
     """
 
     model_type: str
@@ -100,6 +103,8 @@ class ArchSpec:
     parameters: tuple[Parameter, ...]
     quantized: bool = False
     double_quant: bool = True
+    axes: int = 1
+    prefix: bool = False
 
     @property
     def total(self) -> int:
@@ -109,7 +114,15 @@ class ArchSpec:
     def block_shape(self, lora: tuple[int, int, int, int] = (0, 0, 0, 0)) -> BlockShape:
         """What `saves.block_saves` wants to know of a block."""
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
-        return BlockShape(*sizes, gated=self.gated, qk_norm=self.qk_norm, lora=lora)
+        return BlockShape(
+            *sizes,
+            gated=self.gated,
+            qk_norm=self.qk_norm,
+            layer_norm=self.norm == "layer",
+            axes=self.axes,
+            prefix=self.prefix,
+            lora=lora,
+        )
 
 
 @dataclass(frozen=True)
@@ -220,48 +233,18 @@ def _split(config: Config, family: str) -> ArchSpec:
     )
 
 
-# What must hold for an original ChatGLM2/3 file to have the parameters of a GLM model, and their defaults there.
-_CHATGLM = {
-    "rmsnorm": (True, True),
-    "post_layer_norm": (True, True),
-    "apply_residual_connection_post_layernorm": (False, False),
-    "add_bias_linear": (False, False),
-    "fp32_residual_connection": (False, False),
-}
-
-
 def _chatglm(config: Config) -> ArchSpec:
-    """THUDM's own files: version 1 has an `inner_hidden_size`, versions 2 and 3 an `ffn_hidden_size`."""
-    if config.get("quantization_bit") or config.get("pre_seq_len"):
-        key = "quantization_bit" if config.get("quantization_bit") else "pre_seq_len"
-        raise ConfigError(f"config.json: `{key}` is {config[key]!r}; give the plain 16-bit model without it")
-    if "inner_hidden_size" in config:
-        return _fused(
-            config,
-            sizes=(_size(config, "hidden_size"), _size(config, "num_layers"), _size(config, "num_attention_heads")),
-            inner=_size(config, "inner_hidden_size"),
-            attention="attention",
-            block="transformer.layers.{}",
-        )
-    for key, (needed, default) in _CHATGLM.items():
-        if config.get(key, default) != needed:
-            raise ConfigError(f"config.json: `{key}` is {config[key]!r}; only ChatGLM models with {needed} are known")
-    heads = _size(config, "num_attention_heads")
-    grouped = config.get("multi_query_attention", False)
-    renamed = {
-        "model_type": config["model_type"],
-        "hidden_size": config.get("hidden_size"),
-        "num_hidden_layers": config.get("num_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.get("multi_query_group_num") if grouped else heads,
-        "head_dim": config.get("kv_channels"),
-        "intermediate_size": config.get("ffn_hidden_size"),
-        "vocab_size": config.get("padded_vocab_size"),
-        "attention_bias": config.get("add_qkv_bias", False),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "max_position_embeddings": config.get("seq_length"),
-    }
-    return _split(renamed, "glm")
+    """THUDM's own files: version 1 has modules of its own, versions 2 and 3 are GLM models."""
+    if not is_version_1(config):
+        return replace(_split(glm_config(config), "glm"), model_type=str(config["model_type"]))
+    check_version_1(config)
+    return _fused(
+        config,
+        sizes=(_size(config, "hidden_size"), _size(config, "num_layers"), _size(config, "num_attention_heads")),
+        inner=_size(config, "inner_hidden_size"),
+        attention="attention",
+        block="transformer.layers.{}",
+    )
 
 
 def _bloom(config: Config) -> ArchSpec:
@@ -311,13 +294,15 @@ def _fused(config: Config, sizes: tuple[int, int, int], inner: int, attention: s
         gated=False,
         norm="layer",
         qk_norm=False,
-        rotary=0 if is_bloom else hidden // heads,
+        rotary=0 if is_bloom else hidden // heads // 2,
         positions=_positions(config),
-        plain=f"no block description for {config['model_type']!r} models",
+        plain=next((key for key in _REFUSED if config.get(key)), None),
         targets=("query_key_value",),
         linears=linears,
         block=block,
         parameters=parameters,
+        axes=1 if is_bloom else 2,
+        prefix=not is_bloom,
     )
 
 
@@ -361,6 +346,8 @@ def _rope(config: Config) -> Config:
     return found if isinstance(found, dict) else {}
 
 
+# What the engine's block does not do (engine/spec.py).
+_REFUSED = ("attention_dropout", "hidden_dropout", "apply_residual_connection_post_layernorm")
 # Angles of the other kinds depend on the length of the row.
 _ROPE = ("default", "linear", "llama3")
 

@@ -30,6 +30,9 @@ class BlockShape:
         hidden, heads, kv_heads, head_dim, intermediate: as in config.json; intermediate is the MLP's inner width.
         gated: the MLP has a gate beside its up projection (swiglu).
         qk_norm: queries and keys are normed per head.
+        layer_norm: norms subtract the mean, which is then kept beside 1 / deviation.
+        axes: positions of a token: 2 with two-dimensional rotary positions.
+        prefix: documents have a prefix whose tokens see each other both ways.
         fp8: projections multiply rows of fp8 codes. Their adapters then stand apart: nothing stands beside anything.
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
         dropout: the adapters' inputs are dropped, so they exist beside the inputs themselves.
@@ -42,6 +45,9 @@ class BlockShape:
     intermediate: int
     gated: bool = True
     qk_norm: bool = False
+    layer_norm: bool = False
+    axes: int = 1
+    prefix: bool = False
     fp8: bool = False
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
     dropout: bool = False
@@ -98,10 +104,11 @@ class Saved:
 def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The tensors one block keeps until its backward pass, in the order they are made.
 
-    `h_*` are the adapters' rank-R intermediates x Aᵀ of a group: small enough to keep at every level. `qkv`, `a` and
-    `gate_up` are as wide as the GEMM that reads or overwrites them: their group's adapter columns stand at the end.
+    `h_*` are the adapters' rank-R intermediates x Aᵀ of a group: small enough to keep at every level. `a` and `gate_up`
+    are as wide as the GEMM that reads or overwrites them: their group's adapter columns stand at the end.
     """
     qkv, o, up, down = shape.beside
+    means = (Saved("mean1", 1, size=4), Saved("mean2", 1, size=4)) if shape.layer_norm else ()
     kept = [Saved("x", shape.hidden, host=level == "offload")]
     apart = {group: width for group, width in zip(GROUPS, shape.lora, strict=True) if width}
     kept += [Saved(f"h_{group}", width) for group, width in apart.items() if group != "o" or shape.fp8]
@@ -109,11 +116,12 @@ def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
         return tuple(kept)
     kept += [
         Saved("rstd1", 1, size=4),
-        Saved("qkv", shape.qkv + qkv),
+        Saved("qkv", shape.qkv),
         Saved("a", shape.attention + o),
         Saved("lse", shape.heads, size=4),
         Saved("mid", shape.hidden),
         Saved("rstd2", 1, size=4),
+        *means,
     ]
     if level != "attention":
         kept += [Saved("gate_up", shape.inner + up)]
@@ -129,22 +137,21 @@ def block_saves(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
 def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
     """The working set all blocks share: what is not kept at this level, and the gradients in flight.
 
-    `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output, queries,
-    keys and values. `dropped` holds a group's input after dropout, or what its adapters add to the input gradient.
-    `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more than tokens: where
-    the head's last chunk puts its padding.
+    `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output and of
+    queries, keys and values with their group's adapter columns. `dropped` holds a group's input after dropout, or what
+    its adapters add to the input gradient. `x0` and `x1` hold inputs on their way to and from the host. `branch` and
+    `d` have one row more than tokens: where the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
     qkv, o, up, down = shape.beside
     made = [saved for saved in block_saves(shape, "elementwise") if saved.name not in kept]
-    gradients = shape.attention + shape.qkv
     return (
         *made,
         *([Saved("x0", shape.hidden), Saved("x1", shape.hidden)] if level == "offload" else []),
-        *([Saved("normed", gradients - shape.kv_heads * shape.head_dim - shape.attention)] if shape.qk_norm else []),
+        *([Saved("normed", shape.attention + shape.kv_heads * shape.head_dim)] if shape.qk_norm else []),
         Saved("y", shape.hidden + max(qkv, up)),
         Saved("branch", shape.hidden),
-        Saved("scratch", max(shape.intermediate + down, gradients)),
+        Saved("scratch", max(shape.intermediate + down, shape.attention + shape.qkv + qkv)),
         Saved("d", shape.hidden + max(o, down)),
         Saved("delta", shape.heads, size=4),
         *([Saved("dropped", max(ins for _, ins, R in shape.groups.values() if R))] if shape.dropout else []),
@@ -158,6 +165,21 @@ def _fp8_rows(shape: BlockShape) -> tuple[Saved, ...]:
 
 
 ONE_ROW_MORE = ("branch", "d")
+
+
+def integers(shape: BlockShape) -> tuple[str, ...]:
+    """The integers of each token that travel to the device in each micro-step, as rows of int64, in their order.
+
+    ids of the vocabulary; positions; first token of the document, the one past its last and the one past its prefix.
+    index and targets belong to supervised positions: which token, and what comes after it.
+    """
+    positions = ("positions", "positions2")[: shape.axes]
+    return ("ids", *positions, *documents(shape), "index", "targets")
+
+
+def documents(shape: BlockShape) -> tuple[str, ...]:
+    """Those of `integers` that attention reads, as int32."""
+    return ("start", "end", "until") if shape.prefix else ("start", "end")
 
 
 def shared_bytes(shape: BlockShape, level: Level, tokens: int, dtype_bytes: int) -> int:
@@ -174,10 +196,10 @@ def head_rows(vocabulary: int, dtype_bytes: int) -> int:
     return max(128, min(4096, 1 << max(0, rows.bit_length() - 1)))
 
 
-def head_bytes(hidden: int, vocabulary: int, dtype_bytes: int) -> int:
-    """Bytes of the head's buffers: logits, three (rows, hidden) matrices, 1/rms and loss per row."""
+def head_bytes(shape: BlockShape, vocabulary: int, dtype_bytes: int) -> int:
+    """Bytes of the head's buffers: logits, three (rows, hidden) matrices, the norm's statistics and loss per row."""
     rows = head_rows(vocabulary, dtype_bytes)
-    return rows * (vocabulary * dtype_bytes + 3 * hidden * dtype_bytes + 8)
+    return rows * (vocabulary * dtype_bytes + 3 * shape.hidden * dtype_bytes + (12 if shape.layer_norm else 8))
 
 
 def check_tokens(vocabulary: int) -> int:

@@ -21,12 +21,12 @@ from fitune.config import RunConfig
 from fitune.data.batches import IGNORE, micro_batches
 from fitune.data.prepare import Row
 from fitune.errors import ConfigError, DataError
+from fitune.infer.disk import check_free
 from fitune.infer.export import export
 from fitune.infer.load import load, run_parts
 from fitune.methods.base import write_json
 from fitune.model.load import load_base, pick_device, pick_dtype
 from fitune.model.quantize import use_int8
-from fitune.model.weights import check_target
 from fitune.training.evaluate import held_out_rows
 from fitune.training.path import forward
 
@@ -90,7 +90,7 @@ def export_and_measure(
     Raises:
         FituneError: see `infer.export.export`; or rows of `files` are bad.
     """
-    check_target(target, "--to")
+    check_free(target, "--to")
     rows: tuple[Row, ...] = ()
     why = ""
     if (run / "config.yaml").is_file():  # else the export says what is wrong

@@ -32,9 +32,11 @@ class MasterOptimizer:
     Args:
         parameters: trainable parameters by name.
         config: optimizer, its dtype, betas, epsilon, weight decay.
-        vectors: where a path keeps all parameters, and all their gradients, in one vector each: values, gradients,
-            and the parameters in their order. If every parameter is its own master, Adam then updates one tensor
-            instead of looping over hundreds of small ones.
+        vectors: where a path keeps all parameters, and all their gradients in fp32, in one vector each: values,
+            gradients, and the parameters in their order. Adam then updates one tensor instead of looping over hundreds
+            of small ones.
+        rates: what the learning rate of a parameter is multiplied with, by name; 1 for those not named. Parameters
+            with different rates are always updated apart.
     Memory: 12 bytes per trainable parameter in fp32 (master or parameter, two states), 16 with its gradient.
     """
 
@@ -43,23 +45,28 @@ class MasterOptimizer:
         parameters: Mapping[str, nn.Parameter],
         config: TrainConfig,
         vectors: Vectors | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         dtype = MASTER_DTYPES[config.optimizer_dtype]
+        rates = rates or {}
         self.parameters = dict(parameters)
         self.masters: dict[str, nn.Parameter] = {}
-        self._vector = _vector(self.parameters, config, vectors)
+        self._vector = None if rates else _vector(self.parameters, config, vectors)
         if self._vector is not None:
-            self.masters = self.parameters
-            self._adam = _build_adam([self._vector.values], config)
+            self.masters = self._vector.masters(self.parameters)
+            self._adam = _build_adam([_group([self._vector.values])], config)
             return
         for name, parameter in self.parameters.items():
-            if parameter.dtype == dtype:
+            if parameter.dtype == dtype == _gradient_dtype(parameter):
                 self.masters[name] = parameter
                 continue
-            master = nn.Parameter(parameter.detach().to(dtype))
+            master = nn.Parameter(parameter.detach().to(dtype))  # the same memory if only the gradient differs
             parameter.register_post_accumulate_grad_hook(_moves_gradient_to(master))  # type: ignore[no-untyped-call]
             self.masters[name] = master
-        self._adam = _build_adam(list(self.masters.values()), config)
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            by_rate.setdefault(rates.get(name, 1.0), []).append(master)
+        self._adam = _build_adam([_group(masters, rate) for rate, masters in by_rate.items()], config)
 
     def gradients(self) -> list[torch.Tensor]:
         """Accumulated gradients of all masters that have one.
@@ -79,26 +86,33 @@ class MasterOptimizer:
     def step(self, learning_rate: float) -> None:
         """Update masters, then the parameters they stand for."""
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         if self._vector is not None:
             self._vector.values.grad = self._vector.gradient
         self._adam.step()
         with torch.no_grad():
+            if self._vector is not None:
+                self._vector.hand_over()
+                return
             for name, master in self.masters.items():
-                if master is not self.parameters[name]:
+                if not self._is_own(name):
                     self.parameters[name].copy_(master)
+
+    def _is_own(self, name: str) -> bool:
+        """A parameter's master is its own memory."""
+        return self.masters[name].data_ptr() == self.parameters[name].data_ptr()
 
     def zero(self) -> None:
         """Drop all gradients."""
-        for master in self.masters.values():
-            master.grad = None  # a path that owns the gradients sees this and starts anew
+        for tensor in (*self.masters.values(), *self.parameters.values()):
+            tensor.grad = None  # a path that owns the gradients sees this and starts anew
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed run needs, as tensors: `name/exp_avg`, `name/step`, `name/master`, ..."""
         tensors: dict[str, torch.Tensor] = {}
         states = self._adam.state
         for name, master in self.masters.items():
-            if master is not self.parameters[name]:
+            if not self._is_own(name):
                 tensors[f"{name}/master"] = master.detach()
             own = states.get(master, {}) if self._vector is None else self._vector.state_of(name, states)
             for key, value in own.items():
@@ -121,7 +135,7 @@ class MasterOptimizer:
             for name, parts in by_name.items():
                 master = self.masters[name]
                 stored = parts.pop("master", None)
-                if (stored is None) != (master is self.parameters[name]):
+                if (stored is None) != self._is_own(name):
                     raise CheckpointError(f"optimizer state of {name!r} has another dtype than train.optimizer_dtype")
                 if stored is not None:
                     master.copy_(stored)
@@ -134,12 +148,25 @@ class MasterOptimizer:
 
 @dataclass(frozen=True)
 class _Vector:
-    """All parameters as one vector: their values, the gradients, and which part is whose."""
+    """All masters as one vector: their values, the gradients, the path's own values, and which part is whose."""
 
     values: nn.Parameter
     gradient: torch.Tensor
+    own: torch.Tensor
     parts: dict[str, slice]
     shapes: dict[str, torch.Size]
+
+    def masters(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """The parameters themselves, or parts of a vector of another dtype."""
+        if self.own.dtype == self.values.dtype:
+            return parameters
+        whole = self.values.detach()
+        return {name: nn.Parameter(whole[self.parts[name]].view(self.shapes[name])) for name in parameters}
+
+    def hand_over(self) -> None:
+        """After an update of the masters: the path's parameters follow."""
+        if self.own.dtype != self.values.dtype:
+            self.own.copy_(self.values)
 
     def state_of(self, name: str, states: Mapping[Any, dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One parameter's share of Adam's state."""
@@ -169,7 +196,7 @@ def _vector(
         return None
     values, gradient, order = vectors
     names = {id(parameter): name for name, parameter in parameters.items()}
-    if {id(parameter) for parameter in order} != set(names) or any(p.dtype != torch.float32 for p in order):
+    if {id(parameter) for parameter in order} != set(names):
         return None
     parts, at = {}, 0
     for parameter in order:
@@ -177,7 +204,12 @@ def _vector(
         parts[names[id(parameter)]] = part
         at = part.stop
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return _Vector(nn.Parameter(values), gradient, parts, shapes)
+    return _Vector(nn.Parameter(values.float()), gradient, values, parts, shapes)  # the same memory if it is fp32
+
+
+def _gradient_dtype(parameter: Any) -> torch.dtype:
+    """What .grad of a parameter is kept in; a path may sum gradients of 16-bit parameters in fp32."""
+    return parameter.grad_dtype or parameter.dtype  # type: ignore[no-any-return]
 
 
 def _restored(parts: Mapping[str, torch.Tensor], master: nn.Parameter) -> dict[str, Any]:
@@ -198,7 +230,11 @@ def _moves_gradient_to(master: nn.Parameter) -> Any:
     return move
 
 
-def _build_adam(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _group(masters: list[nn.Parameter], rate: float = 1.0) -> dict[str, Any]:
+    return {"params": masters, "rate": rate}
+
+
+def _build_adam(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -206,14 +242,14 @@ def _build_adam(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(masters, fused=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     try:
         bitsandbytes = import_bitsandbytes()
     except ImportError as error:
         raise MissingDependencyError(
             "train.optimizer=adamw8bit needs bitsandbytes: pip install 'fitune[bnb]', or use train.optimizer=adamw"
         ) from error
-    return bitsandbytes.optim.AdamW8bit(masters, **settings)  # type: ignore[no-any-return]
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)  # type: ignore[no-any-return]
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -67,7 +67,7 @@ class PlainPath:
 
 
 def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits (B, T, V) of a batch on the model's device."""
+    """Logits (B, T, V) of a batch on the model's device; those of virtual tokens in front of it are left out."""
     arguments: dict[str, Any] = {"input_ids": batch.input_ids_BT, "use_cache": False}
     if batch.attention_mask_BT is None:
         # transformers finds documents by restarting positions only when there is no mask at all.
@@ -75,7 +75,7 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
     else:
         arguments["attention_mask"] = batch.attention_mask_BT
     logits: torch.Tensor = model(**arguments).logits
-    return logits
+    return logits[:, -batch.input_ids_BT.shape[1] :]
 
 
 def enable_checkpointing(model: nn.Module) -> None:

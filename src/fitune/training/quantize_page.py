@@ -13,11 +13,11 @@ from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
+from fitune.infer.disk import check_free, new_folder
 from fitune.infer.quantize_report import QuantizeReport, short
 from fitune.methods.base import write_json
 from fitune.model.quantizers import code_table
 from fitune.model.rounding import PRODUCTS, Rounding
-from fitune.model.weights import new_folder
 from fitune.training.curves import Axis, escaped, value_axis
 
 WIDTH, SMALL, HEIGHT, LEFT, BOTTOM = 1000, 400, 240, 56, 26
@@ -39,9 +39,13 @@ def write_page(report: QuantizeReport, target: Path) -> Path:
         ConfigError: `target` exists and is not an empty folder.
         CheckpointError: the disk does not take it.
     """
-    with new_folder(target) as folder:
+    check_free(target, "--to")
+
+    def fill(folder: Path) -> None:
         (folder / "report.html").write_text(render(report), encoding="utf-8")
         write_json(folder / "report.json", report.to_json())
+
+    new_folder(target, fill)
     return target
 
 

@@ -25,9 +25,13 @@ from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
-from fitune.model.folder import inspect_folder, resolve_folder, with_stored_quantization
-from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
+from fitune.methods.prompts import check_text
+from fitune.model.adapter import base_of, check_base, with_adapter
+from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder, with_stored_quantization
+from fitune.model.load import count_parameters, fingerprint, load_base, pick_device, pick_dtype
 from fitune.model.quantize import emulation_note, use_int8
+from fitune.plan.arch import ArchSpec
+from fitune.plan.checks import check_run, known_arch
 from fitune.training import checkpoint, loop, samples
 from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import memory_errors, process_state, set_up_device
@@ -83,7 +87,7 @@ def train(config: RunConfig, *, quiet: bool = False, replace: bool = False) -> R
     target = Path(config.output.dir or "runs/run")
     RunFolder.check_free(target, replace)
     with process_state(), StopRequest() as stop:
-        prepared = _prepare(config, quiet)
+        prepared = _prepare(config, quiet, anew=True)
         session = _assemble(prepared, target, stop, quiet)
         need_bytes = (config.train.keep_checkpoints + 2) * _checkpoint_bytes(session)
         session.folder = RunFolder.create(target, dump(prepared.config), replace=replace, need_bytes=need_bytes)
@@ -105,7 +109,7 @@ def resume(run: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> 
         changes = check_changes(stored, config) if stored else list(overrides)
         if stored:  # bit-identical sums need the same number of threads
             torch.set_num_threads(min(stored.manifest["facts"]["num_threads"], os.cpu_count() or 1))
-        prepared = _prepare(config, quiet)
+        prepared = _prepare(config, quiet, anew=stored is None)
         session = _assemble(prepared, folder.path, stop, quiet)
         for text in (*problems, *(f"changed: {change}" for change in changes)):
             session.note(text)
@@ -147,8 +151,12 @@ def _checkpoint_bytes(session: Session) -> int:
     return 16 * count_parameters(session.model)[0]
 
 
-def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
-    """Everything that can go wrong before the model loads goes wrong here."""
+def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
+    """Everything that can go wrong before the model loads goes wrong here.
+
+    Args:
+        anew: the run has no checkpoint, so it starts from method.adapter if that is set.
+    """
     if not config.data.train:
         raise ConfigError("data.train is not set; give one or more .json or .jsonl files: data.train=FILE")
     device = pick_device(config.train.device)
@@ -156,17 +164,27 @@ def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
     config = with_stored_quantization(config, model_folder)
-    longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
-    if isinstance(longest, int) and config.data.max_length > longest:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but this model has {longest} positions; "
-            f"set data.max_length={longest} or less"
-        )
+    arch = known_arch(raw.config)
+    if anew:
+        config = _from_adapter(config, arch, raw, model_folder)
+    keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
+    check_run(config, arch, longest if isinstance(longest, int) else None)
     tokenizer = Tokenizer.load(model_folder)
+    check_text(config.method, tokenizer)
     resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
     if not quiet:
         print(f"reading {', '.join(config.data.train)}", file=sys.stderr, flush=True)
     return _Prepared(config, model_folder, tokenizer, prepare(config.data, tokenizer), device)
+
+
+def _from_adapter(config: RunConfig, arch: ArchSpec | None, raw: ModelFolder, folder: Path) -> RunConfig:
+    """The configuration with the settings of method.adapter, which must belong to this base."""
+    config = with_adapter(config, arch)
+    adapter = getattr(config.method, "adapter", None)
+    if adapter is not None:
+        check_base(Path(adapter), folder, fingerprint(folder, raw.weight_files), must_say=False)
+    return config
 
 
 def _with_facts_of_this_machine(config: RunConfig, device: torch.device) -> RunConfig:
@@ -225,7 +243,13 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
 
 
 def _fresh_state(session: Session) -> State:
+    """Where a run begins: at the method's own start, or at another adapter."""
     assert session.config.model.dtype is not None, "resolved"
+    adapter = getattr(session.config.method, "adapter", None)
+    if adapter is not None:
+        session.method.load(session.model, Path(adapter))
+        known = "" if base_of(Path(adapter)) else "; it does not say which base it was trained on"
+        session.note(f"starting from the adapter in {adapter}{known}")
     return State(loss_scale=LossScale.for_dtype(session.config.model.dtype))
 
 
@@ -267,6 +291,8 @@ def _introduce(session: Session) -> None:
         f"{summary['rejected_rows']:,} rejected, {summary['truncated_rows']:,} cut at {config.data.max_length:,} "
         f"tokens; {layout}"
     )
+    if summary["template_note"]:
+        session.display.note(summary["template_note"])
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"

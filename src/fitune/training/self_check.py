@@ -2,7 +2,8 @@
 
 Block by block: both paths get the same input and the same gradient of the output, so that rounding does not add up over
 the depth of the model and a wrong kernel stands out. Then the loss of the whole model, which covers what connects the
-blocks. The adapters' B, zero at the start, is random meanwhile; otherwise A would have no gradient.
+blocks. The adapters' B, zero at the start, is random meanwhile; otherwise A would have no gradient. Blocks of the plain
+path are called as the model itself calls them, whatever its family hands them beside their input.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +20,6 @@ from torch import nn
 from fitune.data.batches import Batch, pack
 from fitune.data.prepare import Row
 from fitune.engine.path import EnginePath
-from fitune.engine.spec import base_of
 from fitune.errors import FituneError
 from fitune.kernels.dropout import drop, drop_reference
 from fitune.methods.base import trainable
@@ -35,7 +36,7 @@ FP8_TOLERANCE = (25e-2, 5e-2)
 
 
 def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
-    """Compare both paths on one row of at most 256 tokens.
+    """Compare both paths on at most 256 tokens of one row, around the first that is supervised.
 
     Both run on the engine's own stream and in this thread: the libraries' workspaces (32 MiB per thread and stream on
     Hopper) are then those that the engine's graphs use anyway.
@@ -46,11 +47,12 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
         FituneError: they differ by more than the dtype's rounding explains.
     """
     count = min(check_tokens(engine.vocabulary), row.num_tokens)
-    batch = pack([Row(row.input_ids[:count], bytes([0]) + bytes([1]) * (count - 1), row.source)])
+    start = max(0, min(row.learn.find(1) - count // 2, row.num_tokens - count))
+    batch = pack([Row(row.input_ids[start : start + count], bytes([0]) + bytes([1]) * (count - 1), row.source)])
     with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_B(model):
-        loss, inputs = _plain_forward(model, batch.to(engine.device), engine.device)
+        loss, calls = _plain_forward(model, batch.to(engine.device), engine)
         loss_off = abs(engine.loss(batch).item() - loss) / abs(loss)
-        worst, where = max([*_block_differences(model, engine, batch, inputs), _mask_difference(engine)])
+        worst, where = max([*_block_differences(model, engine, batch, calls), _mask_difference(engine)])
     model.train()
     block_bound, loss_bound = FP8_TOLERANCE if engine.shape.fp8 else TOLERANCE[engine.dtype]
     if not (worst <= block_bound and loss_off <= loss_bound):
@@ -79,46 +81,62 @@ def _random_B(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def _plain_forward(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float, list[torch.Tensor]]:
-    """Loss of the plain path and the input (T, H) of each block."""
-    inputs: list[torch.Tensor] = []
+@dataclass(frozen=True)
+class _Call:
+    """How the model called one of its blocks: with x (T, H) and what else."""
+
+    x_TH: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def repeat(self, layer: nn.Module) -> torch.Tensor:
+        """The block's output (T, H)."""
+        out = layer(self.x_TH[None], *self.args, **self.kwargs)
+        return cast(torch.Tensor, out[0] if isinstance(out, tuple) else out).view_as(self.x_TH)
+
+
+def _plain_forward(model: nn.Module, batch: Batch, engine: EnginePath) -> tuple[float, list[_Call]]:
+    """Loss of the plain path, and the call of each block."""
+    calls: list[_Call] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+        if args:
+            x_1TH, args = args[0], args[1:]
+        else:
+            x_1TH = kwargs["hidden_states"]
+            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(_Call(x_1TH[0].clone(), args, kwargs))
 
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in base_of(model).model.layers]
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in engine.layers]
     try:
-        return PlainPath(model, device).loss(batch).item(), inputs
+        return PlainPath(model, engine.device).loss(batch).item(), calls
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _block_differences(
-    model: nn.Module, engine: EnginePath, batch: Batch, inputs: list[torch.Tensor]
+    model: nn.Module, engine: EnginePath, batch: Batch, calls: list[_Call]
 ) -> Iterator[tuple[float, str]]:
-    """Relative differences of what each block adds to its input and its gradient, and of every adapter gradient."""
-    base, parameters = base_of(model), trainable(model)
-    positions = batch.position_ids_BT.to(engine.device)
-    rotary = base.model.rotary_emb(inputs[0][None], positions)
+    """Relative differences of what each block adds to its input and its gradient, and of every trained gradient."""
     generator = torch.Generator().manual_seed(1)
-    for number, layer in enumerate(base.model.layers):
+    for number, (layer, call) in enumerate(zip(engine.layers, calls, strict=True)):
         if number < engine.lowest:
             continue
-        x = inputs[number].requires_grad_()
+        x = call.x_TH.requires_grad_()
         gradient = torch.randn(x.shape, generator=generator).to(x)
-        out = layer(x[None], attention_mask=None, position_ids=positions, position_embeddings=rotary)
-        out = (out[0] if isinstance(out, tuple) else out).view_as(x)
-        out.backward(gradient)
+        out = call.repeat(layer)
+        out.backward(gradient)  # type: ignore[no-untyped-call]
         expected = _taken(layer)
         fast_out, fast_gradient = engine.run_block(number, batch, x.detach(), gradient)
         found = _taken(layer)
-        yield _difference(fast_out, out.detach(), x.detach()), f"the output of block {number}"
+        beside = engine.blocks[number].norm1.norm.carried is None  # the residual passes through as it is
+        yield _difference(fast_out, out.detach(), x.detach() if beside else None), f"the output of block {number}"
         if fast_gradient is not None and x.grad is not None:
-            yield _difference(fast_gradient, x.grad, gradient), f"the input of block {number}"
+            yield _difference(fast_gradient, x.grad, gradient if beside else None), f"the input of block {number}"
         for name, wanted in expected.items():
             yield _difference(found[name], wanted), f"{name.removesuffix('.default.weight')} in block {number}"
-    for parameter in parameters.values():
+    for parameter in trainable(model).values():
         parameter.grad = None
 
 

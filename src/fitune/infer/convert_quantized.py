@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
+from fitune.infer.disk import check_free, new_folder
+from fitune.methods.base import write_json
 from fitune.model.bitsandbytes_format import FORMATS, quantization_config, to_stored
-from fitune.model.folder import copy_tokenizer, inspect_folder, resolve_folder
+from fitune.model.folder import inspect_folder, resolve_folder
 from fitune.model.load import DTYPES, load_base
 from fitune.model.quantize import QuantLinear
-from fitune.model.weights import ShardWriter, check_target, new_folder
+from fitune.model.weights import ShardWriter
 
 _NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
@@ -41,27 +44,31 @@ def quantize_folder(source: str, target: Path, quantization: str, dtype: str | N
     """
     if quantization not in FORMATS:
         raise ConfigError(f"--quantization is {quantization}; allowed: {', '.join(FORMATS)}")
-    check_target(target, "DST")
+    check_free(target, "DST")
     folder = resolve_folder(source)
     raw = inspect_folder(folder)
     if raw.quantization != "none":
         raise ConfigError(f"{folder} holds weights in {raw.quantization} already; give the 16- or 32-bit model")
+    if raw.model_type == "chatglm":
+        raise ConfigError(f"{folder} is ChatGLM-6B, which transformers does not load, with or without bitsandbytes")
+    tokenizer = Tokenizer.load(folder)
     base = load_base(folder, dtype or _dtype_of(folder, raw.config), torch.device("cpu"), quantization)
-    with new_folder(target, "DST") as out:
+    model: Any = base.model  # a transformers model
+
+    def fill(out: Path) -> None:
         writer = ShardWriter(out)
-        for name, tensor in _tensors(base.model):
+        for name, tensor in _tensors(model):
             writer.add(name, tensor)
         writer.finish()
-        model: Any = base.model  # a transformers model
         model.config.use_cache = True
         model.config.save_pretrained(out)
-        section = quantization_config(base.model, quantization, model.dtype)
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        text = json.dumps(config | {"quantization_config": section}, indent=2, ensure_ascii=False)
-        (out / "config.json").write_text(text + "\n", encoding="utf-8")
-        copy_tokenizer(folder, out)
+        write_json(out / "config.json", config | {"quantization_config": quantization_config(model, quantization)})
+        tokenizer.save(out)
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", out / "generation_config.json")
+
+    new_folder(target, fill)
     return target
 
 

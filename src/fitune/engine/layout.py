@@ -1,0 +1,116 @@
+"""How the rows of a batch lie on the device: real tokens one after another, and the integers that say what each is.
+
+Which integers there are is declared in plan/saves.py (`integers`). A document is any run of tokens that see each other;
+padding up to the static size is one more document behind all others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fitune.data.batches import IGNORE, Batch
+from fitune.model.prefix_lm import Blank, find_places
+
+cuda: Any = torch.cuda  # only partly typed
+Rows = dict[str, torch.Tensor]
+
+
+def flatten(batch: Batch, blank: Blank | None = None) -> tuple[Rows, int]:
+    """The real tokens of a padded or packed batch one after another, on the host.
+
+    Args:
+        blank: the ids that tell where a document's prefix ends; None: documents have none.
+
+    Returns:
+        `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one
+        past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. With `blank`
+        also `positions2` and `until`, the token past the document's prefix. And T.
+    """
+    ids, labels, positions = batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT
+    if batch.attention_mask_BT is not None:
+        real = batch.attention_mask_BT.bool()
+        ids, labels, positions = ids[real], labels[real], positions[real]
+    ids, labels, positions = ids.reshape(-1), labels.reshape(-1), positions.reshape(-1)
+    tokens = ids.numel()
+    starts = (positions == 0).nonzero().view(-1)
+    lengths = torch.diff(starts, append=torch.tensor([tokens]))
+    (index,) = (labels[1:] != IGNORE).nonzero(as_tuple=True)
+    rows = {
+        "ids": ids,
+        "positions": positions,
+        "start": starts.repeat_interleave(lengths),
+        "end": (starts + lengths).repeat_interleave(lengths),
+        "index": index,
+        "targets": labels[index + 1],
+    }
+    if blank is not None:
+        places = find_places(ids[None], blank, None, positions[None])
+        rows["positions"], rows["positions2"] = places.rows_B2S[0]
+        document = torch.arange(len(starts)).repeat_interleave(lengths)
+        prefixes = torch.bincount(document[places.context_BS[0]], minlength=len(starts))
+        rows["until"] = (starts + prefixes).repeat_interleave(lengths)
+    return rows, tokens
+
+
+class Integers:
+    """The integers of a micro-step on the device, and page-locked copies of them on the host.
+
+    There are a few copies in turn, so that the host never waits for the device.
+
+    Args:
+        names: rows, see `plan.saves.integers`.
+        documents: those of them that attention reads, one after another in `names`.
+        capacity: tokens.
+        chunk: rows of one head chunk; index and targets are padded to whole chunks.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], documents: tuple[str, ...], capacity: int, chunk: int, device: torch.device
+    ) -> None:
+        self._cuda, self._chunk, self._names = device.type == "cuda", chunk, names
+        self._first = names.index(documents[0])
+        padded = -(-capacity // chunk) * chunk
+        shape = len(names), max(capacity, padded)
+        self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.documents = torch.zeros(len(documents), capacity, dtype=torch.int32, device=device)
+        self._slots = [torch.zeros(shape, dtype=torch.int64, pin_memory=self._cuda) for _ in range(4)]
+        self._sent: list[Any] = [None] * len(self._slots)
+        self._next = 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One row on the device."""
+        return self.inputs[self._names.index(name)]
+
+    def positions(self, axes: int, tokens: int) -> torch.Tensor:
+        """(axes, T) positions on the device."""
+        first = self._names.index("positions")
+        return self.inputs[first : first + axes, :tokens]
+
+    def narrow(self, tokens: int) -> None:
+        """Make the int32 copies that attention reads."""
+        count = len(self.documents)
+        self.documents[:, :tokens].copy_(self.inputs[self._first : self._first + count, :tokens])
+
+    def send(self, rows: Rows, tokens: int, size: int) -> torch.Tensor:
+        """Pad and copy: padding tokens form one last document; padding positions of the head are the spare row.
+
+        Returns:
+            The token ids (size,) on the host.
+        """
+        slot, self._next = self._next, (self._next + 1) % len(self._slots)
+        if self._sent[slot] is not None:
+            self._sent[slot].synchronize()
+        count = rows["index"].numel()
+        padded = -(-count // self._chunk) * self._chunk if self._cuda else count
+        padding = {"start": tokens, "end": size, "until": tokens, "index": size, "targets": IGNORE}
+        for name, staged in zip(self._names, self._slots[slot], strict=True):
+            real = rows[name]
+            staged[: real.numel()] = real
+            staged[real.numel() : padded if name in ("index", "targets") else size] = padding.get(name, 0)
+        self.inputs.copy_(self._slots[slot], non_blocking=self._cuda)
+        if self._cuda:
+            self._sent[slot] = cuda.Event()
+            self._sent[slot].record()
+        return self._slots[slot][self._names.index("ids"), :size]

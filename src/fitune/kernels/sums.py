@@ -1,0 +1,33 @@
+"""Sums over rows: the gradient of a bias is the sum of its output's gradient over all tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from fitune.kernels.launch import require, require_vector, use_triton
+
+
+def add_column_sums(x_TN: torch.Tensor, scale: float, into_N: torch.Tensor) -> None:
+    """into += scale * sum of the rows of x, in fp32; the same bits in every run.
+
+    Args:
+        x_TN: (T, N or more) fp32, bf16 or fp16; N is the length of into.
+        scale: of what is added.
+        into_N: (N,) fp32, added to.
+    Raises:
+        ValueError: shapes or strides that do not fit.
+    Memory: none on CUDA; on CPU an fp32 copy of x if it has 16 bits.
+    """
+    require("x_TN", x_TN, x_TN.shape[0], into_N.shape[0])
+    require_vector("into_N", into_N, into_N.shape[0])
+    if use_triton(x_TN):
+        from fitune.kernels import sums_triton
+
+        sums_triton.add_column_sums(x_TN, scale, into_N)
+    else:
+        add_column_sums_reference(x_TN, scale, into_N)
+
+
+def add_column_sums_reference(x_TN: torch.Tensor, scale: float, into_N: torch.Tensor) -> None:
+    """Plain PyTorch `add_column_sums`."""
+    into_N.add_(x_TN[:, : into_N.shape[0]].sum(0, dtype=torch.float32), alpha=scale)
