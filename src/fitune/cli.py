@@ -348,21 +348,16 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     run, target, files = Path(options.run), Path(options.to), tuple(options.data)
-    if options.no_measure or options.form == "adapter":
-        if files:
-            raise ConfigError("--data names rows to measure merging on, but nothing will be measured; leave it out")
-        from fitune.infer.export import export
+    if options.form == "merged" and not options.no_measure:
+        from fitune.training.merge_report import export_and_measure
 
-        print(f"written: {export(run, target, form=options.form, dtype=options.dtype)}")
+        print(f"written: {target}\n{export_and_measure(run, target, files, options.dtype).text()}")
         return 0
-    from fitune.training.merge_report import export_and_measure
+    if files:
+        raise ConfigError("--data names rows to measure merging on, but nothing will be measured; leave it out")
+    from fitune.infer.export import export
 
-    report = export_and_measure(run, target, files, options.dtype)
-    print(f"written: {target}")
-    if isinstance(report, str):
-        print(f"not measured: {report}", file=sys.stderr)
-    else:
-        print(report.text())
+    print(f"written: {export(run, target, form=options.form, dtype=options.dtype)}")
     return 0
 
 
@@ -386,15 +381,13 @@ def _convert(options: argparse.Namespace) -> int:
 def _quantize_report(options: argparse.Namespace) -> int:
     from fitune.infer.disk import check_free
     from fitune.infer.quantize_report import quantize_report, text
+    from fitune.training.quantize_page import write_page
 
     if options.to:
         check_free(Path(options.to), "--to")
-    settings = {"files": tuple(options.data), "threshold": options.threshold, "dtype": options.dtype}
-    report = quantize_report(options.model, **settings)
+    report = quantize_report(options.model, tuple(options.data), options.threshold, options.dtype)
     print(json.dumps(report.to_json(), ensure_ascii=False) if options.json else text(report))
     if options.to:
-        from fitune.training.quantize_page import write_page
-
         print(f"written: {write_page(report, Path(options.to))}/report.html", file=sys.stderr)
     return 0
 

@@ -167,9 +167,10 @@ def test_a_run_without_held_out_rows_says_so(tree, tmp_path, capsys):
     tree["data"]["eval"] = None
     folder = run.train(build(tree), quiet=True).run
     assert main(["export", str(folder), "--to", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr()
-    assert "has no held-out rows (data.eval is not set); give files: --data FILE" in printed.err
-    assert printed.out == f"written: {tmp_path / 'out'}\n"
+    written, why = capsys.readouterr().out.splitlines()
+    assert written == f"written: {tmp_path / 'out'}"
+    assert why.startswith("not measured: ")
+    assert why.endswith("has no held-out rows (data.eval is not set); give files: --data FILE")
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
         merge_report.export_and_measure(folder, tmp_path / "out")
     with pytest.raises(ConfigError, match="is not a run folder"):

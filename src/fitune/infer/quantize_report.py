@@ -81,7 +81,7 @@ class QuantizeReport:
 
 
 def quantize_report(
-    model: str, *, files: tuple[str, ...] = (), threshold: float = 6.0, dtype: str | None = None
+    model: str, files: tuple[str, ...] = (), threshold: float = 6.0, dtype: str | None = None
 ) -> QuantizeReport:
     """Measure every format on every linear layer of a model's blocks.
 

@@ -60,7 +60,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Measured models, the run's own first; rows and supervised tokens that were measured; what to be warned of."""
+    """What was measured.
+
+    Attributes:
+        models: the run's own first; none: there were no rows to measure on.
+        warnings: where rounding hurts; or why nothing was measured.
+    """
 
     models: tuple[Measured, ...]
     rows: int
@@ -69,6 +74,8 @@ class MergeReport:
 
     def text(self) -> str:
         """A small table and the warnings."""
+        if not self.models:
+            return f"not measured: {self.warnings[0]}"
         width = max(len(model.what) for model in self.models)
         lines = [f"{self.rows:,} held-out rows, {self.supervised_tokens:,} supervised tokens"]
         lines.append(f"{'':{width}}    loss  KL [nats]  other first choice")
@@ -77,16 +84,12 @@ class MergeReport:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def export_and_measure(
-    run: Path, target: Path, files: tuple[str, ...] = (), dtype: str | None = None
-) -> MergeReport | str:
+def export_and_measure(run: Path, target: Path, files: tuple[str, ...] = (), dtype: str | None = None) -> MergeReport:
     """Merge a run into `target` and compare the two.
 
     Args:
         files: rows to measure on, read before anything is written; none: those that the run held out.
         dtype: of the merged weights; None: as trained.
-    Returns:
-        The report, or why the run has no rows to measure on.
     Raises:
         FituneError: see `infer.export.export`; or rows of `files` are bad.
     """
@@ -102,7 +105,7 @@ def export_and_measure(
                 raise
             why = str(error)
     export(run, target, dtype=dtype)
-    return measure(run, target, rows, dtype) if rows else why
+    return measure(run, target, rows, dtype) if rows else MergeReport((), 0, 0, (why,))
 
 
 def measure(run: Path, merged: Path, rows: Sequence[Row], dtype: str | None = None) -> MergeReport:
