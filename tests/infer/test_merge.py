@@ -26,6 +26,7 @@ from fitune.methods import METHODS, merging
 from fitune.model import weights
 from fitune.model.load import load_base
 from fitune.training import run
+from original_chatglm import write_folder as write_chatglm
 from tiny import make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def runs(tmp_path_factory, rows_file):
             base = base or folder / kind
             if not base.is_dir():
                 make_model(base, kind)
-            settings = {"name": method, **({"r": 4, "target_modules": "linear"} if method == "lora" else {})}
+            settings = {"name": method, **({"target_modules": "linear"} if method in ("lora", "ia3") else {})}
             tree = {
                 "model": {"path": str(base), "dtype": dtype, **model},
                 "method": settings,
@@ -123,6 +124,7 @@ def test_lora_is_merged_as_peft_does(monkeypatch, runs, tmp_path, kind, dtype):
         ("llama", "full", {}),
         ("qwen2", "full", {}),
         ("qwen2", "lora", {"quantization": "int8"}),
+        ("qwen2", "ia3", {"quantization": "nf4"}),
     ],
 )
 def test_both_ways_write_the_same(monkeypatch, runs, tmp_path, kind, method, model):
@@ -158,7 +160,7 @@ def test_a_base_that_is_stored_quantized_is_expanded(monkeypatch, runs, tmp_path
     expanded = load_base(base, "fp32", CPU).model.get_submodule("model.layers.0.mlp.down_proj").weight
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.mlp.down_proj"
-    delta = 4 * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
+    delta = 2 * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
     merged = tensors_of(target)["model.layers.0.mlp.down_proj.weight"]
     torch.testing.assert_close(merged, expanded + delta, rtol=1e-5, atol=1e-6)
 
@@ -250,12 +252,34 @@ def test_a_method_without_edits_is_merged_in_a_model(monkeypatch, runs, tmp_path
     same(expected, tensors_of(fitune.export(folder, tmp_path / "two")))
 
 
-def test_bin_files_are_merged_in_a_model(monkeypatch, runs, tmp_path):
-    base = make_model(tmp_path / "base")
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
-    (base / "model.safetensors").unlink()
-    folder = runs("llama", base=base)
-    same(tensors_of(fitune.export(folder, tmp_path / "one")), tensors_of(fitune.export(folder, tmp_path / "two")))
+def as_bin(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: as_bin(make_model(folder, "qwen2")),
+        lambda folder: write_chatglm(folder, form="bin"),
+        lambda folder: write_chatglm(folder, form="safetensors"),
+    ],
+    ids=["bin", "original chatglm, bin", "original chatglm"],
+)
+def test_other_files_are_merged_one_by_one_too(monkeypatch, runs, tmp_path, make):
+    folder = runs("other", base=make(tmp_path / "base"))
+    one, two = (way(monkeypatch, folder, tmp_path / way.__name__) for way in (streamed, in_memory))
+    same(tensors_of(one), tensors_of(two))
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((one / file).read_text()) == json.loads((two / file).read_text())
+
+
+def test_names_that_transformers_converts_need_a_model(monkeypatch, runs, tmp_path):
+    folder = runs("llama")
+    expected = tensors_of(streamed(monkeypatch, folder, tmp_path / "one"))
+    monkeypatch.setattr(merge, "names_in_model", lambda *_: None)
+    same(expected, tensors_of(fitune.export(folder, tmp_path / "two")))
 
 
 def test_an_adapter_of_another_base_is_refused(runs, tmp_path):

@@ -18,6 +18,8 @@ from fitune.model.load import load_base
 from fitune.model.quantize import block_linears
 from fitune.model.rounding import measure_layer
 from fitune.training.quantize_page import render, write_page
+from original_chatglm import write_folder as write_chatglm
+from original_chatglm_v1 import write_folder as write_chatglm_6b
 from tiny import make_model
 
 
@@ -52,11 +54,29 @@ def test_inputs_are_those_of_the_whole_model(folders, kind):
         assert layer.to_json() == expected.to_json()
 
 
-def test_files_that_cannot_be_read_one_by_one_give_the_same(folders, report, tmp_path):
+def test_bin_files_and_names_that_transformers_converts_give_the_same(folders, report, monkeypatch, tmp_path):
     copy = shutil.copytree(folders["llama"], tmp_path / "bin")
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     assert quantize_report(str(copy), threshold=1.5).layers == report.layers
+    monkeypatch.setattr(module, "names_in_model", lambda *_: None)  # then the whole model is loaded
+    assert quantize_report(str(folders["llama"]), threshold=1.5).layers == report.layers
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_an_original_chatglm3_folder(tmp_path, form):
+    report = quantize_report(str(write_chatglm(tmp_path / "chatglm", form=form)))
+    assert [kind.name for kind in report.kinds][:4] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert report.tokens > 0
+    assert report.all.output_ratio("nf4") > report.all.output_ratio("int8") > 0
+
+
+def test_chatglm_6b(shared, tmp_path):
+    report = quantize_report(str(write_chatglm_6b(tmp_path / "chatglm-6b", shared)))
+    assert [kind.name for kind in report.kinds] == [
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "all",
+    ]  # fmt: skip
+    assert report.all.output_ratio("nf4") > 0.03
 
 
 def test_one_weight_is_in_memory_at_a_time(folders, monkeypatch):

@@ -25,6 +25,8 @@ from fitune.model.load import Base, load_base, open_weights
 from fitune.model.quantize import QuantLinear, use_int8
 from fitune.model.quantizers import absmax_table
 from fitune.model.weights import ShardWriter
+from original_chatglm import write_folder as write_chatglm
+from original_chatglm_v1 import write_folder as write_chatglm_6b
 from tiny import make_model
 
 CPU = torch.device("cpu")
@@ -176,6 +178,20 @@ def test_ours_load_there(bitsandbytes, sources, tmp_path, kind, quantization, dt
         if name.rpartition(".")[0] not in layers(ours):
             assert torch.equal(state[name], tensor), name
     assert torch.equal(logits(back), logits(ours))
+
+
+def test_an_original_chatglm3_folder(bitsandbytes, tmp_path):
+    source = write_chatglm(tmp_path / "chatglm")
+    theirs = open_theirs(quantize_folder(str(source), tmp_path / "out", "nf4", "fp32"))
+    assert type(theirs).__name__ == "GlmForCausalLM"
+    ours = load_base(source, "fp32", CPU, "nf4").model
+    torch.testing.assert_close(logits(theirs.train()), logits(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_chatglm_6b_is_refused(shared, tmp_path):
+    source = write_chatglm_6b(tmp_path / "chatglm-6b", shared)
+    with pytest.raises(ConfigError, match="is ChatGLM-6B, which transformers does not load"):
+        quantize_folder(str(source), tmp_path / "out", "nf4")
 
 
 def test_what_stands_beside_the_weights(sources, tmp_path, capsys):

@@ -94,8 +94,8 @@ def quantize_report(
     Raises:
         ConfigError: the folder cannot be read or is quantized already, or an argument is not allowed.
         DataError: bad rows.
-    Memory: embedding, one linear layer in its dtype and about five times in fp32, activations of `MAX_ROWS` rows. All
-        weights if they have other names than those of the model.
+    Memory: embedding and head, one linear layer in its dtype and about five times in fp32, activations of `MAX_ROWS`
+        rows; all weights if they have other names than those of the model.
     """
     if not 0 <= threshold <= 65504:
         raise ConfigError(f"--threshold is {threshold:g}; allowed: 0 to 65504")
@@ -188,9 +188,8 @@ def _walk(
     for name, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(lambda module, x, name=name: before(name, module, x)))
         hooks.append(layer.register_forward_hook(lambda module, x, y, name=name: after(name, module, x, y)))
-    backbone: Any = getattr(model, str(model.base_model_prefix), model)  # without the head
     with torch.no_grad():
-        backbone(input_ids=ids_BT, use_cache=False)
+        model(input_ids=ids_BT, use_cache=False)
     for hook in hooks:
         hook.remove()
     # A layer that the forward did not pass, such as an expert that no token chose, has no products.
