@@ -265,6 +265,8 @@ CONFIGURATION = (
     _setting("unknown quantization", "'none', 'int8', 'nf4', 'fp4' or 'fp8'", "model.quantization=int4"),
     _setting("full fine-tuning of quantized weights", "Set model.quantization=none or method.name=lora",
              "model.quantization=nf4", "method.name=full"),
+    _setting("LLM.int8() of other weights", "set model.quantization=int8 or model.int8_compute=weight_only",
+             "model.quantization=nf4", "model.int8_compute=llm_int8"),
     _setting("unknown template", "tutorial", "data.template=tutorail"),
     _setting("template whose tokens the tokenizer lacks", "<|im_start|>", "data.template=chatml"),
     _setting("longer than the model's positions", "256 positions", "data.max_length=1000"),

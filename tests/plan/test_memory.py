@@ -17,7 +17,7 @@ from fitune.errors import ConfigError, PlanError
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import DTYPES, Base, load_base
-from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.model.quantize import QuantLinear, quantize_blocks, use_int8
 from fitune.plan.arch import read_arch
 from fitune.plan.budget import check_budget
 from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
@@ -272,6 +272,40 @@ def test_quantized_layers_are_counted_to_the_byte(kind):
     assert quantized_bytes(kind, 24, 72) == sum(buffer.nbytes for buffer in layer.buffers())
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_stored_layers_are_counted_to_the_byte(double):
+    layer = QuantLinear(torch.randn(24, 72), None, "nf4")
+    buffers = {
+        "codes": layer.codes,
+        "absmax": layer.absmax,
+        "nested_absmax": layer.nested_absmax,
+        "offset": layer.offset,
+    }
+    if not double:
+        buffers = {"codes": layer.codes, "absmax": torch.rand(27)}
+    layer = QuantLinear.stored(buffers, torch.Size([24, 72]), None, "nf4", torch.float32)
+    assert quantized_bytes("nf4", 24, 72, double) == sum(buffer.nbytes for buffer in layer.buffers())
+
+
+def test_a_plan_follows_what_bitsandbytes_stored():
+    section = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    settings = {"model": {"path": "m", "quantization": "nf4"}}
+    ours = by_name(plan_of(LLAMA_8B, **settings))
+    double, single = (
+        by_name(plan_of(LLAMA_8B | {"quantization_config": section | {"bnb_4bit_use_double_quant": value}}, **settings))
+        for value in (True, False)
+    )
+    assert "weights being quantized" in ours
+    assert "weights being quantized" not in double
+    assert double["block weights"] == ours["block weights"]
+    weights = sum(
+        parameter.elements * parameter.copies
+        for parameter in read_arch(LLAMA_8B).parameters
+        if "proj" in parameter.name
+    )
+    assert single["block weights"] - double["block weights"] == pytest.approx(weights * 3 / 64, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "glm", "bloom", "chatglm"])
 def test_the_engine_over_quantized_weights(name, kind):
@@ -416,6 +450,16 @@ def test_the_plain_path_is_said_to_need_more(config, method, train, reason):
     assert by_name(plan)["logits"] == 2 * 1024 * vocab * 2  # padding included
     assert not {"self-check: engine", "working set", "rotary tables"} & set(by_name(plan))
     assert plan.job.shape.lora == (0, 0, 0, 0)
+
+
+def test_llm_int8_is_planned_on_the_plain_path_in_the_engine_s_words():
+    plan = plan_of(LLAMA_1B, model={"path": "m", "quantization": "int8", "int8_compute": "llm_int8"})
+    real = meta_model(TINY["llama"]).to_empty(device="cpu").requires_grad_(False)
+    quantize_blocks(real, "int8", torch.device("cpu"))
+    use_int8(real, "llm_int8", 6.0)
+    with pytest.raises(Unsupported) as refused:
+        block_spec(real, "llama")
+    assert plan.plain_reason == str(refused.value) == "model.int8_compute=llm_int8"
 
 
 @pytest.mark.parametrize(("targets", "width"), [("attention", 2048), ("linear", 8192)])

@@ -29,8 +29,20 @@ class ModelConfig(Section):
     )
     quantization: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
         "none",
-        description="How the frozen linear layers of the blocks are stored: `none` (in dtype), `int8`, `nf4` or `fp4` "
-        "(4 bits), expanded for each product; `fp8`, multiplied as it is on GPUs that can. Not for method full.",
+        description="How the frozen linear layers of the blocks are stored: `none` (in dtype; what bitsandbytes "
+        "quantized stays so), `int8`, `nf4` or `fp4` (4 bits), expanded for each product; `fp8`, multiplied as it is "
+        "on GPUs that can. Not for method full.",
+    )
+    int8_compute: Literal["weight_only", "llm_int8"] = Field(
+        "weight_only",
+        description="How int8 weights multiply: `weight_only` (expanded to dtype) or `llm_int8` (inputs in 8 bits too, "
+        "outlier columns in dtype, as in LLM.int8(); on the plain path).",
+    )
+    int8_threshold: Number = Field(
+        6.0,
+        ge=0,
+        le=65504,
+        description="Magnitude from which a column of the inputs is an outlier of `llm_int8`; 0: no column is.",
     )
 
     _path = field_validator("path")(check_path)

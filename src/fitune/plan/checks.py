@@ -57,6 +57,8 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return "an architecture the planner does not know"
     if arch.plain is not None:
         return arch.plain
+    if config.model.int8_compute == "llm_int8":
+        return "model.int8_compute=llm_int8"
     if isinstance(method, BitfitConfig):
         return None
     if not isinstance(method, LoraConfig):

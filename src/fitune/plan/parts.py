@@ -55,13 +55,14 @@ class Part:
     phases: tuple[Phase, ...] = PHASES
 
 
-def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
-    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
+def quantized_bytes(quantization: str, outs: int, ins: int, double_quant: bool = True) -> int:
+    """Bytes of one (outs, ins) weight in quantized storage, with scales (4-bit: in 8 bits, or in fp32) and tables."""
     elements = outs * ins
     if quantization in ("int8", "fp8"):
         return elements + 4 * outs
     blocks = -(-elements // QUANT_BLOCK)
-    return -(-elements // 2) + blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES
+    scales = blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES if double_quant else 4 * blocks + 4 * 16
+    return -(-elements // 2) + scales
 
 
 def _outer_weights(job: Job) -> Part:
@@ -87,7 +88,8 @@ def _block_weights(job: Job) -> Part:
     if job.quantization == "none":
         total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
+    arch = job.arch
+    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins, arch.double_quant) for linear in arch.linears)
     copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
     copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
@@ -253,7 +255,7 @@ def _workspaces(job: Job) -> Part:
 
 def _quantizing(job: Job) -> Part:
     """Weights are quantized slice by slice; on CPU the ones to come are still there in full."""
-    if job.quantization == "none":
+    if job.quantization == "none" or job.arch.quantized:
         return Part("weights being quantized", 0, "")
     full = job.dtype_bytes * job.arch.layers * sum(linear.outs * linear.ins for linear in job.arch.linears)
     size, formula = QUANT_SLICE_BYTES, "6 slices x 16 MiB"
