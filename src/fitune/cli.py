@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("files", nargs="+", metavar="FILE", help=".json, .jsonl, either also .gz")
     data.add_argument("--model", default="embedded", help="model whose tokenizer and template are used")
     data.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a data setting: max_length=512")
+    render = "show the first N rows (1 without a number) token by token: ids, what is learnt, positions"
+    data.add_argument("--render", type=_count, nargs="?", const=1, default=0, metavar="N", help=render)
     data.add_argument("--json", action="store_true", help="print JSON")
     data.set_defaults(command=_data)
 
@@ -134,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
     export.set_defaults(command=_export)
 
+    convert = commands.add_parser("convert", help="write an original ChatGLM2 or 3 folder as an ordinary GLM folder")
+    convert.add_argument("source", metavar="SRC", help="folder or hub id")
+    convert.add_argument("target", metavar="DST", help="new folder")
+    convert.set_defaults(command=_convert)
+
     config = commands.add_parser("config", help="list every setting with its default")
     config.add_argument("--schema", action="store_true", help="print the JSON schema")
     config.set_defaults(command=_config)
@@ -143,6 +150,12 @@ def _parser() -> argparse.ArgumentParser:
 def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text:.40} is no number of rows; a whole number from 1 to 10000 is needed")
+    return int(text)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,8 +253,8 @@ def _data(options: argparse.Namespace) -> int:
         if key in settings:
             raise ConfigError(f"--set {key}=...: the files are given on the command line: fitune data FILE ...")
     config = build({"model": {"path": options.model}, "data": settings})
-    tokenizer = Tokenizer.load(resolve_folder(options.model))
-    report = examine(tuple(options.files), config.data, tokenizer)
+    tokenizer = Tokenizer.load(resolve_folder(options.model, weights=False))
+    report = examine(tuple(options.files), config.data, tokenizer, options.render)
     print(to_json(report) if options.json else render_text(report))
     return DataError.exit_code if report.num_bad_rows else 0
 
@@ -320,6 +333,14 @@ def _export(options: argparse.Namespace) -> int:
     from fitune.infer.export import export
 
     print(f"written: {export(Path(options.run), Path(options.to), form=options.form, dtype=options.dtype)}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from fitune.infer.convert import convert
+    from fitune.model.folder import resolve_folder
+
+    print(f"written: {convert(resolve_folder(options.source), Path(options.target))}")
     return 0
 
 

@@ -13,8 +13,9 @@ from fitune.methods.base import trainable
 from fitune.model.chatglm_v1 import ALPHA, ChatGLMForConditionalGeneration, read_config
 from fitune.model.families import target_modules
 from fitune.model.libraries import import_peft
-from fitune.model.prefix_lm import Blank, find_places, prefix_bias, rotary_angles
+from fitune.model.prefix_lm import find_places, prefix_bias, rotary_angles
 from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.plan.chatglm import Blank
 from fitune.training.path import check_packing, enable_checkpointing, forward
 from original_chatglm_v1 import SIZES, attends, logits, position_rows, random_weights, turned
 
@@ -288,11 +289,13 @@ def test_alpha_is_that_of_28_layers():
         ({"pre_seq_len": 128}, "`pre_seq_len` is 128"),
         ({"position_encoding_2d": False}, "`position_encoding_2d` is not true"),
         ({"num_attention_heads": 6}, "makes no 6 heads of a width divisible by 4"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` is 0; a number like 32"),
-        ({"hidden_size": "64"}, "`hidden_size` is '64'; a number like 4096"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0; a positive whole number"),
+        ({"hidden_size": "64"}, "`hidden_size` is '64'; a positive whole number"),
         ({"layernorm_epsilon": "x"}, "`layernorm_epsilon` is 'x'"),
-        ({"bos_token_id": 200}, r"are \(200, 191, 190\); three different ids below vocab_size \(200\)"),
-        ({"mask_token_id": 191}, "three different ids"),
+        ({"bos_token_id": 200}, r"are \[200, 191, 190\]; different ids below vocab_size \(200\)"),
+        ({"mask_token_id": 191}, "different ids"),
+        ({"torch_dtype": "float"}, None),
+        ({"torch_dtype": "nonsense"}, "nonsense"),
         ({"quantization_bit": 0, "pre_seq_len": None}, None),
     ],
 )

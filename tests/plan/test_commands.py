@@ -121,7 +121,7 @@ def test_real_lengths_of_a_tiny_model(tiny, rows_file, tmp_path, capsys):
         ("{}", "data.train is not set"),
         ("{train: none.jsonl}", "none.jsonl is not there"),
         ("{train: ROWS, eval: none.jsonl}", "none.jsonl is not there"),
-        ("{train: ROWS}", "has no tokenizer.json"),
+        ("{train: ROWS}", "has no tokenizer"),
     ],
 )
 def test_unknown_lengths_are_said(yaml, rows_file, capsys, data, reason):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fitune.data.example import Message
+from fitune.data.example import Message, system_turn
 from fitune.data.scan import describe
 
 Row = Mapping[str, object]
@@ -178,8 +178,20 @@ def _turn(name: str, turn: object, problems: list[str]) -> Message:
         return Message(role, "")
     if role in ("user", "assistant"):
         empty = "empty answer" if role == "assistant" else "empty"
-        return Message(role, _check_filled(where, content, empty, problems))
+        metadata = _metadata(name, role, turn, problems)
+        return Message(role, _check_filled(where, content, empty, problems), metadata=metadata)
     return Message(role, _check_text(where, content, problems))
+
+
+def _metadata(name: str, role: str, turn: Row, problems: list[str]) -> str | None:
+    """ChatGLM3's name of the called tool; it stands on a line of its own before the call."""
+    value = turn.get("metadata")
+    if role != "assistant" or value in (None, ""):
+        return None
+    text = _check_text(f"{name}.metadata", value, problems)
+    if "\n" in text:
+        problems.append(f"{name}.metadata: must be one line")
+    return text
 
 
 def _joined(name: str, content: object, problems: list[str]) -> object:
@@ -200,7 +212,8 @@ def _joined(name: str, content: object, problems: list[str]) -> object:
 def _check_order(names: list[str], messages: list[Message], outside: int, problems: list[str]) -> None:
     before: str | None = None
     for i, message in enumerate(messages):
-        if message.role not in _NEXT[before]:
+        again = before == message.role == "assistant" and message.metadata  # a thought, then the call of a tool
+        if message.role not in _NEXT[before] and not again:
             after = f"after {before}" if before else "at the beginning"
             where = names[i - outside] if i >= outside else "system"
             problems.append(f"{where}: {message.role} {after}; expected {' or '.join(_NEXT[before])}")
@@ -221,8 +234,7 @@ def _system(row: Row, problems: list[str]) -> list[Message]:
     if tools is not None and not isinstance(tools, str):
         problems.append(f"tools: must be text or a list, got {describe(tools)}")
     elif tools and tools.strip() not in ("", "[]"):
-        described = f"You have access to these tools:\n{_check_text('tools', tools, problems)}"
-        system = f"{system}\n\n{described}" if system.strip() else described
+        return [system_turn(system, _check_text("tools", tools, problems))]
     return [Message("system", system)] if system.strip() else []
 
 

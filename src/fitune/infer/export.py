@@ -22,7 +22,6 @@ from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.load import Loaded, load
 from fitune.methods import METHODS
 from fitune.methods.base import CONFIG, write_json
-from fitune.model.folder import copy_tokenizer
 
 FORMS = ("merged", "adapter")
 
@@ -101,7 +100,7 @@ def _write(loaded: Loaded, run: Path, folder: Path, form: str) -> None:
 
 def write_companions(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
     """Put beside weights what makes them answer and stop elsewhere: tokenizer and chat template."""
-    copy_tokenizer(tokenizer.folder, folder)
+    tokenizer.save(folder)
     write_chat_template(folder, template, tokenizer)
 
 

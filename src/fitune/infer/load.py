@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from fitune.config import RunConfig
 from fitune.config import load as load_config
-from fitune.data.sources import Message
+from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
@@ -63,7 +63,8 @@ class Loaded:
         """Answer one prompt.
 
         Args:
-            prompt: what the user says, or messages as {"role": ..., "content": ...}.
+            prompt: what the user says, or messages as {"role": ..., "content": ...}; a system turn may have `tools`
+                (JSON), an assistant turn of ChatGLM3 `metadata`, the name of the tool it calls.
             raw: continue the prompt as text, without a template; None: as the run was trained.
             sampling: fields of `fitune.infer.sampling.Sampling`; greedy by default.
 
@@ -78,32 +79,26 @@ class Loaded:
         settings = Sampling.of(sampling)
         ids = [self.prompt_ids(prompt, raw=raw) for prompt in prompts]
         answers = generate(self.model, ids, self.tokenizer.stop_ids, settings)
-        return [self.tokenizer.decode(answer.ids) for answer in answers]
+        said = self._reads(raw)
+        return [said(answer.ids) for answer in answers]
 
     def stream(self, prompt: Conversation, *, raw: bool | None = None, **sampling: Any) -> Generator[str, None, None]:
         """Yield the answer in pieces as it is written; closing the iterator ends the generation."""
         settings = Sampling.of(sampling)
         ids = self.prompt_ids(prompt, raw=raw)
-        return self._pieces(stream(self.model, ids, self.tokenizer.stop_ids, settings))
+        tokens = stream(self.model, ids, self.tokenizer.stop_ids, settings)
+        return _pieces(tokens, self._reads(raw), self.tokenizer.unsettled)
 
-    def _pieces(self, tokens: Generator[int, None, None]) -> Generator[str, None, None]:
-        ids: list[int] = []
-        text = shown = ""
-        with contextlib.closing(tokens):
-            for token in tokens:
-                ids.append(token)
-                # All of it: what a token means may depend on those before it (a space in front, bytes of a character).
-                text = self.tokenizer.decode(ids)
-                # A character of several byte tokens decodes to U+FFFD until its last byte is there.
-                if len(text) > len(shown) and not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
-        if len(text) > len(shown):
-            yield text[len(shown) :]
+    def _reads(self, raw: bool | None) -> Callable[[Sequence[int]], str]:
+        """What turns generated ids into text: a raw text has no layout around it."""
+        return self.tokenizer.decode if self._is_raw(raw) else self.template.answer_text
+
+    def _is_raw(self, raw: bool | None) -> bool:
+        return self.raw if raw is None else raw
 
     def prompt_ids(self, prompt: Conversation, *, raw: bool | None = None) -> list[int]:
         """Token ids of a conversation, or of a raw text, up to where the answer starts."""
-        if self.raw if raw is None else raw:
+        if self._is_raw(raw):
             return self._text_ids(prompt)
         return self.template.prompt_ids(_messages(prompt))
 
@@ -119,6 +114,25 @@ class Loaded:
         return ids
 
 
+def _pieces(
+    tokens: Generator[int, None, None], said: Callable[[Sequence[int]], str], unsettled: tuple[str, ...]
+) -> Generator[str, None, None]:
+    """Text as its tokens come in, but not its end while that may change: see `Tokenizer.unsettled`."""
+    ids: list[int] = []
+    text = shown = ""
+    with contextlib.closing(tokens):
+        for token in tokens:
+            ids.append(token)
+            # All of it: what a token means may depend on those before it (a space in front, bytes of a character).
+            text = said(ids)
+            # A character of several byte tokens decodes to U+FFFD until its last byte is there.
+            if len(text) > len(shown) and not text.endswith(unsettled):
+                yield text[len(shown) :]
+                shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
 def _messages(prompt: Conversation) -> list[Message]:
     if isinstance(prompt, str):
         return [Message(role="user", content=prompt)]
@@ -130,7 +144,16 @@ def _messages(prompt: Conversation) -> list[Message]:
         for key in ("role", "content"):
             if not isinstance(turn.get(key), str):
                 raise ConfigError(f"message {number}: `{key}` is {turn.get(key)!r:.80}; it must be a string")
-    return [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
+        for key in ("metadata", "tools"):
+            if not isinstance(turn.get(key, ""), str):
+                raise ConfigError(f"message {number}: `{key}` is {turn[key]!r:.80}; it must be a string (tools: JSON)")
+    return [_message(turn) for turn in prompt]
+
+
+def _message(turn: Mapping[str, str]) -> Message:
+    if turn["role"] == "system" and turn.get("tools"):
+        return system_turn(turn["content"], turn["tools"])
+    return Message(turn["role"], turn["content"], metadata=turn.get("metadata") or None)
 
 
 def load(

@@ -6,26 +6,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fitune.errors import ConfigError
+from fitune.plan.arch import read_arch
+from fitune.plan.chatglm import glm_config, is_original, is_version_1
 
 MAX_CONFIG_BYTES = 4_000_000
 # A hostile config.json must not make us allocate: these are ten times the largest published models.
 LIMITS = {"vocab_size": 10_000_000, "hidden_size": 200_000, "num_hidden_layers": 2_000, "intermediate_size": 2_000_000}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 TEXT_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 HUB_PATTERNS = ["*.safetensors", *TEXT_PATTERNS]
 
@@ -35,16 +26,18 @@ class ModelFolder:
     """Facts of one model folder.
 
     Attributes:
-        config: config.json.
-        model_type: its `model_type`.
+        config: config.json; of an original ChatGLM2 or 3 folder that of the GLM model it is read as.
+        model_type: its `model_type`; `chatglm` is ChatGLM-6B, the first version.
         weight_files: names inside the folder, all of one format.
         weights_format: "safetensors" or "bin".
+        original: config.json of an original ChatGLM2 or 3 folder, whose weights have other names; else None.
     """
 
     config: dict[str, Any]
     model_type: str
     weight_files: tuple[str, ...]
     weights_format: str
+    original: dict[str, Any] | None = None
 
 
 def embedded_path() -> Path:
@@ -110,7 +103,12 @@ def inspect_folder(folder: Path) -> ModelFolder:
         ConfigError: missing or damaged files, remote code, unknown quantization, absurd sizes.
     """
     config = read_config(folder)
-    if "auto_map" in config:
+    original = None
+    if is_original(config):  # the folder's own code, which its `auto_map` names, is not needed: fitune knows these
+        read_arch(config)  # checks the sizes
+        if not is_version_1(config):
+            config, original = glm_config(config), config
+    elif "auto_map" in config:
         raise ConfigError(
             f"{folder}: config.json wants code from the model repository (auto_map), which fitune never runs. Use a "
             "version of the model that transformers supports by itself"
@@ -118,7 +116,7 @@ def inspect_folder(folder: Path) -> ModelFolder:
     for pattern, weights_format in (("*.safetensors", "safetensors"), ("pytorch_model*.bin", "bin")):
         files = _weight_files(folder, pattern)
         if files:
-            return ModelFolder(config, config["model_type"], files, weights_format)
+            return ModelFolder(config, config["model_type"], files, weights_format, original)
     raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
 
 
@@ -144,13 +142,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         if value is not None and (not isinstance(value, int) or not 0 < value <= limit):
             raise ConfigError(f"{folder}/config.json: `{key}` is {value!r}; allowed: 1 to {limit}")
     return config
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files from one model folder into another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _weight_files(folder: Path, pattern: str) -> tuple[str, ...]:

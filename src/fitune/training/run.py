@@ -288,6 +288,8 @@ def _introduce(session: Session) -> None:
         f"{summary['rejected_rows']:,} rejected, {summary['truncated_rows']:,} cut at {config.data.max_length:,} "
         f"tokens; {layout}"
     )
+    if summary["template_note"]:
+        session.display.note(summary["template_note"])
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"

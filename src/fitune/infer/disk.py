@@ -1,4 +1,4 @@
-"""Changing files and folders by steps that a crash cannot cut in half; what the run folder is built on.
+"""Changing files and folders by steps that a crash cannot cut in half; run folders and converted models are made so.
 
 Whatever must not be seen half-written is built beside its place as `.tmp-NAME-PID`, fsynced and renamed. What it
 replaces is moved to `.old-NAME-PID` first and comes back if the process dies in between; what is to be deleted is
@@ -54,7 +54,9 @@ def disk_error(error: Exception, path: Path, need_bytes: int = 0) -> CheckpointE
     if number in FULL or need_bytes:
         reason += f"; about {_amount(need_bytes)} needed, {_amount(free_bytes(path))} free"
     advice = "free some space, or " if number in FULL else "make it writable, or " if number in READ_ONLY else ""
-    return CheckpointError(f"disk: cannot write {path}: {reason}; {advice}choose another output.dir")
+    return CheckpointError(
+        f"disk: cannot write {path}: {reason}; {advice}choose another folder (a run's is output.dir)"
+    )
 
 
 @contextmanager
