@@ -178,6 +178,8 @@ LAYOUTS = {
     "chatglm3": Layout(
         _CHATGLM3, ("[gMASK]", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"), first="[gMASK]"
     ),
-    "chatglm": Layout(_CHATGLM, ("[gMASK]", "<sop>", "<eop>", "<dBLOCK>"), writes_bos=True, last_answer_only=True),
+    "chatglm": Layout(
+        _CHATGLM, ("[gMASK]", "<eop>", "<dBLOCK>"), first="[gMASK]", writes_bos=True, last_answer_only=True
+    ),
     "chatglm2": Layout(_CHATGLM2, ("[gMASK]",), first="[gMASK]", last_answer_only=True),
 }

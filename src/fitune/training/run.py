@@ -166,7 +166,8 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     arch = known_arch(raw.config)
     if anew:
         config = _from_adapter(config, arch, raw, model_folder)
-    longest = raw.config.get("max_position_embeddings") or raw.config.get("n_positions")
+    keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     check_run(config, arch, longest if isinstance(longest, int) else None)
     tokenizer = Tokenizer.load(model_folder)
     check_text(config.method, tokenizer)
