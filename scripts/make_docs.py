@@ -1,7 +1,7 @@
 """Write the generated pages of docs/: run by `make docs`; the suite checks that they are current.
 
 docs/errors.md runs every case of tests/errors/cases.py through the command line and keeps what it printed;
-docs/memory.md has a table of planned bytes.
+docs/memory.md has a table of planned bytes; docs/matrix.md says which families, methods and precisions go together.
 """
 
 from __future__ import annotations
@@ -110,8 +110,10 @@ def memory_page(text: str) -> str:
 def main() -> None:
     """Write every generated page."""
     from fitune.config.reference import as_markdown
+    from matrix.cells import docs_page
 
     (DOCS / "configuration.md").write_text(as_markdown(), encoding="utf-8")
+    (DOCS / "matrix.md").write_text(docs_page(), encoding="utf-8")
     page = DOCS / "memory.md"
     page.write_text(memory_page(page.read_text(encoding="utf-8")), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
