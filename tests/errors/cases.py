@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from original_chatglm import write_folder
+
 GOOD = {"instruction": "say hello", "output": "hello"}
 
 
@@ -99,6 +101,17 @@ def _model(what: str, says: str, damage: Callable[[Path], None]) -> Case:
         return place.config(f"model.path={folder}")
 
     return Case("Model folders", what, build, 2, says)
+
+
+def _chatglm(what: str, says: str, **changes: object) -> Case:
+    """An original ChatGLM folder whose config.json is changed."""
+
+    def build(place: Place) -> list[str]:
+        folder = write_folder(place.folder / "chatglm")
+        _edit_json(folder / "config.json", **changes)
+        return place.config(f"model.path={folder}", "data.template=auto")
+
+    return Case("Original ChatGLM folders", what, build, 2, says)
 
 
 def _run(what: str, says: str, damage: Callable[[Path], None], code: int = 6, *overrides: str) -> Case:
@@ -309,4 +322,15 @@ PLANS = (
     _plan("rows that training would refuse", "bad.jsonl:1", {}, 3, "data.train=ROWS"),
 )
 
-CASES = (*ROWS, *CONFIGURATION, *MODELS, *RUNS, *PLANS)
+CHATGLM = (
+    _chatglm("the first version", "the first version, is not supported yet", inner_hidden_size=64),
+    _chatglm("weights packed into integers", "`quantization_bit` is 4", quantization_bit=4),
+    _chatglm("a prefix encoder beside the model", "`pre_seq_len` is 128", pre_seq_len=128),
+    _chatglm("neither version 2 nor 3", "ChatGLM2 or ChatGLM3?", _name_or_path="mine"),
+    Case("Original ChatGLM folders", "nothing to convert",
+         lambda p: ["convert", str(p.model), str(p.folder / "glm")], 2, "is a llama folder, which needs no conversion"),
+    Case("Original ChatGLM folders", "converted over something",
+         lambda p: ["convert", str(write_folder(p.folder / "chatglm")), str(p.model)], 2, "not an empty folder"),
+)  # fmt: skip
+
+CASES = (*ROWS, *CONFIGURATION, *MODELS, *CHATGLM, *RUNS, *PLANS)

@@ -52,7 +52,8 @@ class DataConfig(Section):
         "auto",
         min_length=1,
         description="Conversation layout: `model` (the tokenizer's own chat template), tutorial, alpaca, chatml, "
-        "llama3; `auto` is `model` if the tokenizer has a template, else `tutorial`.",
+        "llama3, chatglm3, chatglm2; `auto` is `model` if the tokenizer has a template, else that of ChatGLM for its "
+        "tokenizers, else `tutorial`.",
     )
     max_length: Whole = Field(
         1024, ge=8, le=10_000_000, description="Longest row, in tokens, end-of-sequence token included."

@@ -290,7 +290,7 @@ def _introduce(session: Session) -> None:
         f"tokens; {layout}"
     )
     if summary["template_note"]:
-        session.display.note(summary["template_note"])
+        session.display.note(str(summary["template_note"]))
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"
