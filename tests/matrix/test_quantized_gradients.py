@@ -1,4 +1,4 @@
-"""Every family on int8, nf4 and fp4: gradients of LoRA are those of the dequantized model, before and after evaluating."""
+"""Every family on int8, nf4, fp4: LoRA's gradients are the dequantized model's, before and after an evaluation."""
 
 import pytest
 import torch
