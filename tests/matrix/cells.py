@@ -6,8 +6,9 @@ tests hold the runs to their answers, docs/matrix.md is a table of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,7 @@ class Expected(NamedTuple):
 CELLS = tuple(Cell(*each) for each in product(FAMILIES, METHODS, PRECISIONS, (False, True)))
 
 
+@cache
 def expected(cell: Cell) -> Expected:
     """Ask the checks of the library, with what stands in the family's config.json."""
     config = CONFIGS[cell.family]
@@ -121,28 +123,23 @@ def pairs(cell: Cell) -> set[frozenset[tuple[str, object]]]:
     return {frozenset(pair) for pair in combinations(asdict(cell).items(), 2)}
 
 
-def table(texts: dict[Cell, str], notes: Sequence[str] = ()) -> str:
-    """Markdown: methods down, families across; a cell groups its precisions by what is said of them."""
+def table(texts: Mapping[Cell, str], notes: Sequence[str] = ()) -> str:
+    """Markdown: methods down, families across; what is said of all cells, precisions with the same text together."""
     lines = [f"| method | {' | '.join(FAMILIES)} |", "|" + "---|" * (len(FAMILIES) + 1)]
     for method in METHODS:
-        cells = [_summary({c: t for c, t in texts.items() if (c.family, c.method) == (f, method)}) for f in FAMILIES]
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+        lines.append(f"| `{method}` | {' | '.join(_group(texts, family, method) for family in FAMILIES)} |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
 
 
-def _summary(texts: dict[Cell, str]) -> str:
-    groups: dict[tuple[str, str], list[str]] = {}
+def _group(texts: Mapping[Cell, str], family: str, method: str) -> str:
+    groups: dict[str, list[str]] = {}
     for precision in PRECISIONS:
-        off, on = (
-            next((t for c, t in texts.items() if (c.precision, c.checkpointing) == (precision, flag)), "")
-            for flag in (False, True)
-        )
-        groups.setdefault((off, on), []).append(precision)
-    said = []
-    for (off, on), precisions in groups.items():
-        where = "all" if len(precisions) == len(PRECISIONS) else " ".join(precisions)
-        said.append(f"{where}: {off}" if off == on else f"{where}: {off or 'not run'}; recomputed: {on or 'not run'}")
-    return "<br>".join(said)
+        kept, recomputed = (texts[Cell(family, method, precision, flag)] for flag in (False, True))
+        said = kept if kept == recomputed else f"{kept}; recomputed: {recomputed}"
+        groups.setdefault(said, []).append(precision)
+    if len(groups) == 1:
+        return f"all: {next(iter(groups))}"
+    return "<br>".join(f"{' '.join(precisions)}: {said}" for said, precisions in groups.items())
 
 
 def docs_page() -> str:

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from fitune.config import build
+from fitune.errors import ConfigError
+from fitune.plan.arch import read_arch
+from fitune.plan.memory import plan_memory
 from matrix.cells import CELLS, docs_page, expected, pairs, pairwise_cover
+from matrix.folders import CONFIGS
 from matrix.run_cell import run_cell
 
 pytest.importorskip("sentencepiece")
@@ -30,6 +35,18 @@ def test_the_cover_holds_every_pair():
     assert set().union(*map(pairs, possible)) == set().union(*(pairs(c) for c in cover if c in possible))
     refusals = {(cell.family, cell.method) for cell in CELLS if expected(cell).reason is not None}
     assert refusals == {(cell.family, cell.method) for cell in cover if expected(cell).reason is not None}
+
+
+def test_the_plan_says_the_same():
+    """`fitune plan` of each cell: the same path, or the same refusal."""
+    for cell in CELLS:
+        arch, path, reason = read_arch(CONFIGS[cell.family]), *expected(cell)
+        try:
+            plan = plan_memory(arch, build(cell.tree(Path("m"), Path("rows.jsonl"), Path("run"))), "no data")
+        except ConfigError as error:
+            assert str(error) == reason, cell
+        else:
+            assert ("fast" if plan.plain_reason is None else "plain") == path, cell
 
 
 def test_the_docs_page_is_current():
