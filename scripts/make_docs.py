@@ -2,7 +2,7 @@
 
 docs/errors.md runs every case of tests/errors/cases.py through the command line and keeps what it printed;
 docs/memory.md has a table of planned bytes; docs/tutorial.md and its translation have two, made by tutorial_tables.py;
-docs/images/ is drawn by make_pictures.py.
+docs/images/ is drawn by make_pictures.py; docs/matrix.md says which families, methods and precisions go together.
 """
 
 from __future__ import annotations
@@ -164,9 +164,11 @@ def main() -> None:
     """Write every generated page."""
     import make_pictures
     from fitune.config.reference import as_markdown
+    from matrix.cells import docs_page
     from tutorial_tables import WORDS, tutorial_page
 
     (DOCS / "configuration.md").write_text(as_markdown(), encoding="utf-8")
+    (DOCS / "matrix.md").write_text(docs_page(), encoding="utf-8")
     page = DOCS / "memory.md"
     page.write_text(memory_page(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name in WORDS:
