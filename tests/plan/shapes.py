@@ -15,6 +15,17 @@ SIZES = {
     "vocab_size": 128,
 }
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}
+CHATGLM = {
+    "hidden_size": 64,
+    "inner_hidden_size": 96,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "bos_token_id": 124,
+    "gmask_token_id": 121,
+    "mask_token_id": 120,
+    "eos_token_id": 125,
+}
 # Each family with what changes its parameters.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES},
@@ -37,16 +48,25 @@ TINY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "vocab_size": 128,
     },
+    "chatglm": {"model_type": "chatglm", **CHATGLM},
+    "chatglm untied": {"model_type": "chatglm", **CHATGLM, "tie_word_embeddings": False},
 }
 
 
 def meta_model(config: dict[str, Any]):
-    """transformers' model of a configuration, without memory."""
+    """The model of a configuration, transformers' or ours, without memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from fitune.model.bloom import BloomForCausalLM
+    from fitune.model.chatglm_v1 import ChatGLMForConditionalGeneration, read_config
+
     keys = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
+        if config["model_type"] == "chatglm":
+            return ChatGLMForConditionalGeneration(read_config(keys))
+        if config["model_type"] == "bloom":
+            return BloomForCausalLM(AutoConfig.for_model("bloom", **keys))
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **keys))
 
 

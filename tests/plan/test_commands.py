@@ -186,12 +186,12 @@ def test_what_is_advised_fits(yaml, capsys):
 
 
 def test_the_plain_path_is_never_said_to_fit(yaml, capsys):
-    file = yaml(BLOOM_1B4)
+    file = yaml(BLOOM_1B4 | {"hidden_dropout": 0.1})
     code, out, _ = run(capsys, "plan", file, "memory.budget=80")
     assert code == 0
     assert "budget   80 GB: not decided" in out
     assert "at least" in out
-    assert "note: plain path (no block description for 'bloom' models)" in out
+    assert "note: plain path (hidden_dropout)" in out
     code, _, error = run(capsys, "plan", file, "memory.budget=1")
     assert code == 4
     assert "takes at least" in error

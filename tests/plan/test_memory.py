@@ -49,7 +49,22 @@ def storage_bytes(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-ENGINE = [name for name in TINY if not name.startswith(("bloom", "mistral"))]
+ENGINE = [name for name in TINY if not name.startswith("mistral")]
+BIASED = [name for name in ENGINE if name.startswith(("bloom", "chatglm", "qwen2", "glm")) and "no bias" not in name]
+
+
+def real_model(config, dtype="fp32"):
+    """The model with memory, frozen; tensors on the meta device are untied on their way."""
+    real = meta_model(config).to(DTYPES[dtype]).to_empty(device="cpu").requires_grad_(False)
+    real.tie_weights()
+    return real
+
+
+def applied(method, real, kind):
+    """The model with what the method trains."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        return METHODS[method.name].apply(Base(real, None, kind, 128, ""), method)
 
 
 @pytest.mark.parametrize("name", ENGINE)
@@ -60,27 +75,34 @@ ENGINE = [name for name in TINY if not name.startswith(("bloom", "mistral"))]
         ("none", "linear"),
         ("elementwise", "attention"),
         ("attention", "linear"),
-        ("full", ["layers.1.mlp.down_proj"]),
+        ("full", "last of the upper block"),
         ("offload", "linear"),
+        ("elementwise", "biases"),
     ],
 )
 def test_every_buffer_of_the_engine_is_counted_to_the_byte(name, dtype, keep, targets):
     tokens, longest = 300, 60
+    if targets == "biases":
+        if name not in BIASED:
+            return
+        method = {"name": "bitfit"}
+    else:
+        arch = read_arch(TINY[name])
+        named = [f"{arch.block.format(1).removeprefix('model.')}.{arch.linears[-1].path}"]
+        method = {"name": "lora", "r": 5, "target_modules": targets if targets in ("linear", "attention") else named}
     config = settings(
-        {"name": "lora", "r": 5, "target_modules": targets},
+        method,
         model={"path": "m", "dtype": dtype},
         data={"max_length": longest},
         train={"micro_batch_rows": 5, "device": "cpu", "activation_checkpointing": keep},
     )
     found = by_name(plan_memory(read_arch(TINY[name]), config, "no data"))
     kind = TINY[name]["model_type"]
-    real = meta_model(TINY[name]).to(DTYPES[dtype]).to_empty(device="cpu").requires_grad_(False)
-    real.tie_weights()  # meta tensors are untied on their way
-    inner = [m for block in real.model.layers for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    real = real_model(TINY[name], dtype)
+    blocks = real.get_submodule(SPECS[kind].layers)
+    inner = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     outer = {id(p): p for p in real.parameters()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        model = METHODS["lora"].apply(Base(real, None, kind, 128, ""), config.method)
+    model = applied(config.method, real, kind)
     engine = EnginePath(model, kind, keep, tokens, longest)
     weights = [linear.weight for linear in inner]
     for weight in weights:
@@ -89,40 +111,52 @@ def test_every_buffer_of_the_engine_is_counted_to_the_byte(name, dtype, keep, ta
     assert found["embedding, norms, head"] == storage_bytes(outer.values())
     groups = [group for block in engine.blocks for group in block.groups.values()]
     biases = [group._product._bias_N for group in groups if group._product._bias_N is not None]
-    assert found.get("biases of whole groups", 0) == sum(bias.nbytes for bias in biases)
-    assert found["gradients"] == engine._gradients.nbytes
-    assert found["adapters"] == sum(p.nbytes for p in trainable(model).values())
+    own = {p.untyped_storage().data_ptr() for p in outer.values()}
+    assert {bias.untyped_storage().data_ptr() for bias in biases} <= own, "a second copy of biases"
+    assert found["gradients"] == engine.trained.gradients.nbytes
+    if config.method.name == "lora":
+        assert found["adapters"] == engine.trained.values.nbytes == sum(p.nbytes for p in trainable(model).values())
     assert found["saved activations"] == engine._buffers.kept_bytes()
     assert found["working set"] == engine._buffers.shared_bytes()
-    head = engine._head
-    made = [head._logits_MV, head._x_MH, head._y_MH, head._d_MH, head._rstd_M, head._loss_M]
+    made = [t for name, t in vars(engine._head).items() if name.endswith(("_MV", "_MH", "_M")) and t is not None]
     assert found["head chunk"] == sum(t.nbytes for t in made)
-    assert found["rotary tables"] == engine._rotary.cos_PR.nbytes + engine._rotary.sin_PR.nbytes
-    assert found["ids, labels, positions"] == engine._inputs.nbytes + engine._documents.nbytes
-    counted = {"block weights", "embedding, norms, head", "biases of whole groups", "gradients", "adapters"}
+    tables = (engine._rotary.cos_PR, engine._rotary.sin_PR) if engine._rotary else ()
+    assert found.get("rotary tables", 0) == sum(table.nbytes for table in tables)
+    assert found["ids, labels, positions"] == engine._integers.inputs.nbytes + engine._integers.documents.nbytes
+    counted = {"block weights", "embedding, norms, head", "gradients", "adapters"}
     counted |= {"saved activations", "working set", "head chunk", "rotary tables", "ids, labels, positions"}
-    rest = {"optimizer states", "group being put together"}
+    rest = {"optimizer states", "master weights", "group being put together"}
     rest |= {"self-check: engine", "self-check: copies", "self-check: largest moment"}
     assert counted | rest >= set(found), "a part that nothing above holds"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "glm"])
-@pytest.mark.parametrize("targets", ["attention", "linear"])
-@pytest.mark.parametrize("wide", [{}, {"hidden_size": 256, "intermediate_size": 352}, {"num_key_value_heads": 4}])
-def test_what_the_plain_path_keeps_per_token(kind, targets, wide):
+SPLIT_SIZES = [{}, {"hidden_size": 256, "intermediate_size": 352}, {"num_key_value_heads": 4}]
+FUSED_SIZES = [{}, {"hidden_size": 256, "inner_hidden_size": 352}]
+
+
+@pytest.mark.parametrize("method", ["attention", "linear", "biases"])
+@pytest.mark.parametrize(
+    ("kind", "wide"),
+    [(kind, wide) for kind in ("llama", "qwen3", "glm") for wide in SPLIT_SIZES]
+    + [(kind, wide) for kind in ("bloom", "chatglm") for wide in FUSED_SIZES],
+)
+def test_what_the_plain_path_keeps_per_token(kind, method, wide):
     """The self-check's activations: saved tensors of autograd, two layers against one, so that the head cancels."""
-    config = TINY[kind] | wide | {"head_dim": wide.get("hidden_size", 64) // 4}
-    job = plan_of(config, {"name": "lora", "target_modules": targets}, data={"max_length": 64}).job
+    if method == "biases" and kind not in BIASED:
+        return
+    method = {"name": "bitfit"} if method == "biases" else {"name": "lora", "target_modules": method}
+    config = TINY[kind] | wide
+    config |= {} if kind in ("bloom", "chatglm") else {"head_dim": wide.get("hidden_size", 64) // 4}
+    job = plan_of(config, method, data={"max_length": 64}).job
     length = 40
     batch = pack([Row(tuple(range(1, length + 1)), bytes([0] + [1] * (length - 1)), "f:1")])
     sizes = []
     for layers in (1, 2):
-        model = meta_model(config | {"num_hidden_layers": layers}).to(torch.bfloat16).to_empty(device="cpu")
-        model.requires_grad_(False)
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its table is no parameter
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-            model = METHODS["lora"].apply(Base(model, None, kind, 128, ""), job.method)
+        count = {"bloom": "n_layer", "chatglm": "num_layers"}.get(kind, "num_hidden_layers")
+        model = real_model(config | {count: layers}, "bf16")
+        if hasattr(model, "model"):
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its table is no parameter
+        model = applied(job.method, model, kind)
         ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
@@ -165,8 +199,10 @@ def test_what_training_holds_per_trained_parameter(tiny_qwen, method, dtype, opt
     assert found.get("adapters", 0) == adapters
     assert found.get("master weights", 0) == sum(m.numel() * m.element_size() for m in masters)
     assert found["optimizer states"] == sum(t.numel() * t.element_size() for t in states.values())
-    if method["name"] != "lora" or optimizer_dtype == "fp32":  # the engine adds to fp32 gradients whatever the masters
-        assert found["gradients"] == sum(g.numel() * g.element_size() for g in gradients)
+    # The engine adds to fp32 gradients, whatever the parameters and the masters are.
+    engine = method["name"] != "full"
+    assert found["gradients"] == sum(g.numel() * (4 if engine else g.element_size()) for g in gradients)
+    assert found.get("gradients of masters", 0) == (sum(g.nbytes for g in gradients if g.itemsize < 4) if engine else 0)
 
 
 def test_8_bit_states():
@@ -221,7 +257,7 @@ def test_quantized_layers_are_counted_to_the_byte(kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "glm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "glm", "bloom", "chatglm"])
 def test_the_engine_over_quantized_weights(name, kind):
     config = settings(
         {"name": "lora", "r": 5, "target_modules": "linear"},
@@ -230,13 +266,11 @@ def test_the_engine_over_quantized_weights(name, kind):
         train={"device": "cpu", "activation_checkpointing": "attention"},
     )
     found = by_name(plan_memory(read_arch(TINY[name]), config, "no data"))
-    real = meta_model(TINY[name]).to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    real = real_model(TINY[name], "bf16")
     for parameter in real.parameters():
         parameter.data.normal_()
     quantize_blocks(real, kind, torch.device("cpu"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        model = METHODS["lora"].apply(Base(real, None, TINY[name]["model_type"], 128, ""), config.method)
+    model = applied(config.method, real, TINY[name]["model_type"])
     engine = EnginePath(model, TINY[name]["model_type"], "attention", 64, 60)
     layers = [module for module in real.modules() if isinstance(module, QuantLinear)]
     groups = [group for block in engine.blocks for group in block.groups.values()]
@@ -350,7 +384,8 @@ def test_llama_1b_stays_near_the_design():
 @pytest.mark.parametrize(
     ("config", "method", "train", "reason"),
     [
-        (BLOOM_1B4, {"name": "lora"}, {}, "no block description for 'bloom'"),
+        (BLOOM_1B4 | {"hidden_dropout": 0.1}, {"name": "lora"}, {}, "hidden_dropout"),
+        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains LoRA adapters and biases"),
         (LLAMA_1B, {"name": "full"}, {}, "method.name=full"),
         (LLAMA_1B, {"name": "lora"}, {"path": "plain"}, "train.path=plain"),
     ],
@@ -375,8 +410,8 @@ def test_dropout_adds_the_widest_dropped_input(targets, width):
 
 
 def test_the_fast_path_is_refused_where_there_is_none():
-    with pytest.raises(ConfigError, match=r"train.path=fast, but the engine cannot run this: no block .*'bloom'"):
-        plan_of(BLOOM_1B4, train={"path": "fast"})
+    with pytest.raises(ConfigError, match=r"train.path=fast, but the engine cannot run this: attention_dropout"):
+        plan_of(BLOOM_1B4 | {"attention_dropout": 0.1}, train={"path": "fast"})
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -403,10 +438,17 @@ def test_the_engine_is_planned_where_it_runs(name):
         ({"model_type": "mistral", "sliding_window": 64}, "sliding-window attention"),
         ({"model_type": "qwen2", "sliding_window": 64}, None),
         ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, "sliding-window attention"),
+        ({"model_type": "bloom"}, None),
+        ({"model_type": "bloom", "attention_dropout": 0.1}, "attention_dropout"),
+        ({"model_type": "bloom", "hidden_dropout": 0.1}, "hidden_dropout"),
+        (
+            {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+            "apply_residual_connection_post_layernorm",
+        ),
     ],
 )
 def test_what_keeps_a_model_off_the_engine(keys, reason):
-    config = TINY["llama"] | keys
+    config = TINY["bloom" if keys.get("model_type") == "bloom" else "llama"] | keys
     assert read_arch(config).plain == reason
     model = meta_model(config).requires_grad_(False)
     if reason is None:

@@ -67,13 +67,15 @@ class ArchSpec:
         gated: the MLP has a gate.
         norm: RMSNorm, or LayerNorm with a bias.
         qk_norm: queries and keys are normalised per head.
-        rotary: rotated width of a head; 0 without rotary positions.
+        rotary: width of a head that one axis of rotary positions turns; 0 without them (ALiBi).
         positions: longest sequence the model knows, if it says so.
         plain: what in config.json keeps the model off the engine (docs/engine.md); None: nothing does.
         targets: what `method.target_modules=attention` stands for.
         linears: the linear layers of a block, in module order.
         block: path of a block, `{}` for its number.
         parameters: every parameter of the model, tied ones once.
+        axes: positions of a token.
+        prefix: a document's tokens see all of what stands before its answer.
     """
 
     model_type: str
@@ -96,6 +98,8 @@ class ArchSpec:
     linears: tuple[Linear, ...]
     block: str
     parameters: tuple[Parameter, ...]
+    axes: int = 1
+    prefix: bool = False
 
     @property
     def total(self) -> int:
@@ -105,7 +109,15 @@ class ArchSpec:
     def block_shape(self, lora: tuple[int, int, int, int] = (0, 0, 0, 0)) -> BlockShape:
         """What `saves.block_saves` wants to know of a block."""
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
-        return BlockShape(*sizes, gated=self.gated, qk_norm=self.qk_norm, lora=lora)
+        return BlockShape(
+            *sizes,
+            gated=self.gated,
+            qk_norm=self.qk_norm,
+            layer_norm=self.norm == "layer",
+            axes=self.axes,
+            prefix=self.prefix,
+            lora=lora,
+        )
 
 
 @dataclass(frozen=True)
@@ -299,13 +311,15 @@ def _fused(config: Config, sizes: tuple[int, int, int], inner: int, attention: s
         gated=False,
         norm="layer",
         qk_norm=False,
-        rotary=0 if is_bloom else hidden // heads,
+        rotary=0 if is_bloom else hidden // heads // 2,
         positions=_positions(config),
-        plain=f"no block description for {config['model_type']!r} models",
+        plain=next((key for key in _REFUSED if config.get(key)), None),
         targets=("query_key_value",),
         linears=linears,
         block=block,
         parameters=parameters,
+        axes=1 if is_bloom else 2,
+        prefix=not is_bloom,
     )
 
 
@@ -349,6 +363,8 @@ def _rope(config: Config) -> Config:
     return found if isinstance(found, dict) else {}
 
 
+# What the engine's block does not do (engine/spec.py).
+_REFUSED = ("attention_dropout", "hidden_dropout", "apply_residual_connection_post_layernorm")
 # Angles of the other kinds depend on the length of the row.
 _ROPE = ("default", "linear", "llama3")
 

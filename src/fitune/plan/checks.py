@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fitune.config import FreezeConfig, LoraConfig, PrefixConfig, PromptLearning, RunConfig
+from fitune.config import BitfitConfig, FreezeConfig, LoraConfig, PrefixConfig, PromptLearning, RunConfig
 from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec, read_arch
 from fitune.plan.params import matching, trainable
@@ -57,8 +57,10 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return "an architecture the planner does not know"
     if arch.plain is not None:
         return arch.plain
+    if isinstance(method, BitfitConfig):
+        return None
     if not isinstance(method, LoraConfig):
-        return f"method.name={method.name}; the engine trains LoRA adapters"
+        return f"method.name={method.name}; the engine trains LoRA adapters and biases"
     if method.modules_to_save:
         return "method.modules_to_save; the engine trains LoRA adapters"
     return "DoRA" if method.dora else None

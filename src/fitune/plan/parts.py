@@ -21,8 +21,10 @@ from fitune.plan.saves import (
     block_saves,
     bucket,
     check_tokens,
+    documents,
     head_bytes,
     head_rows,
+    integers,
     saved_bytes,
     shared_buffers,
     shared_bytes,
@@ -34,7 +36,7 @@ STEP: tuple[Phase, ...] = ("capture", *AGAIN)
 READY: tuple[Phase, ...] = ("self-check", *STEP)
 PHASES: tuple[Phase, ...] = ("loading", *READY)
 
-INPUT_ROWS, STAGING_SLOTS = 6, 4  # int64 rows of the engine's inputs; how many copies of them the host keeps
+STAGING_SLOTS = 4  # copies of a micro-step's integers that the host keeps
 SENT_SLOTS = 2  # rows of a hosted embedding on their way to the device
 REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
 QUANT_SLICE_BYTES = 6 * 4 * 2**22  # weights on their way into 4 bits: six fp32 slices
@@ -90,13 +92,6 @@ def _block_weights(job: Job) -> Part:
     copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
     return Part(name, layers * one + copies, formula)
-
-
-def _biases(job: Job) -> Part:
-    groups = {linear.group for linear in job.arch.linears if linear.bias}
-    width = sum(linear.outs for linear in job.arch.linears if linear.group in groups) if job.engine else 0
-    formula = f"{job.arch.layers} blocks x {width:,} x {job.dtype_bytes} B"
-    return Part("biases of whole groups", job.arch.layers * width * job.dtype_bytes, formula)
 
 
 def _adapters(job: Job) -> Part:
@@ -202,7 +197,7 @@ def _head(job: Job) -> Part:
         return Part("logits", job.capacity * vocab * size, formula, ("head", "backward"))
     rows = head_rows(vocab, size)
     formula = f"{rows:,} rows x ({vocab:,} logits + 3 x {job.arch.hidden:,}) x {size} B"
-    return Part("head chunk", head_bytes(job.arch.hidden, vocab, size), formula, READY)
+    return Part("head chunk", head_bytes(job.shape, vocab, size), formula, READY)
 
 
 def _rotary_tables(job: Job) -> Part:
@@ -214,13 +209,14 @@ def _rotary_tables(job: Job) -> Part:
 def _rows(job: Job) -> Part:
     if not job.engine:
         return Part("ids, labels, positions", 32 * job.capacity, f"{job.capacity:,} tokens x 32 B", STEP)
-    formula = f"{_padded(job, job.capacity):,} x {INPUT_ROWS} x 8 B, {job.capacity:,} x 2 x 4 B"
+    wide, narrow = len(integers(job.shape)), len(documents(job.shape))
+    formula = f"{_padded(job, job.capacity):,} x {wide} x 8 B, {job.capacity:,} x {narrow} x 4 B"
     return Part("ids, labels, positions", _rows_bytes(job, job.capacity), formula, STEP)
 
 
 def _rows_bytes(job: Job, tokens: int) -> int:
     """Integers of a micro-step of the engine; those of the head are padded to whole chunks."""
-    return 8 * INPUT_ROWS * _padded(job, tokens) + 8 * tokens
+    return 8 * len(integers(job.shape)) * _padded(job, tokens) + 4 * len(documents(job.shape)) * tokens
 
 
 def _padded(job: Job, tokens: int) -> int:
@@ -239,7 +235,7 @@ def host_bytes(job: Job) -> int:
     tokens = check_tokens(job.arch.vocab)
     most = {1 << (job.hosted * job.dtype_bytes - 1).bit_length(): 1} if job.hosted else {}
     for at in (bucket(tokens, tokens), job.capacity):
-        blocks = [(STAGING_SLOTS, 8 * INPUT_ROWS * _padded(job, at))]
+        blocks = [(STAGING_SLOTS, 8 * len(integers(job.shape)) * _padded(job, at))]
         blocks.append((job.kept_blocks, saved_bytes(job.shape, job.level, at, 1, job.dtype_bytes, host=True)))
         blocks.append((SENT_SLOTS if job.hosted else 0, job.arch.hidden * at * job.dtype_bytes))
         found: dict[int, int] = {}
@@ -293,13 +289,17 @@ def _check_buffers(job: Job) -> Part:
 
 
 def _check_copies(job: Job) -> Part:
-    """What stays for the whole self-check: a copy of B; the inputs of all blocks and, one by one, their gradients."""
+    """What stays for the whole self-check: a copy of B; the inputs of all blocks and, one by one, their gradients.
+
+    Also, with ALiBi, the bias of all scores, which the plain path hands to every block.
+    """
     if not job.engine:
         return Part("self-check: copies", 0, "")
-    assert isinstance(job.method, LoraConfig)
-    trained = job.method.r * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
+    rank = job.method.r if isinstance(job.method, LoraConfig) else 0
+    trained = rank * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
     tokens, arch = _checked(job), job.arch
     size = 4 * trained + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
+    size += 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
     formula = f"{trained:,} of B x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
     return Part("self-check: copies", size, formula, ("self-check",))
 
@@ -330,36 +330,42 @@ def _check_block(job: Job) -> int:
     Both times two sets of gradients of the block before are there, one of each path. In the MLP: what autograd keeps of
     the block, four matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
     """
-    method, tokens = job.method, _checked(job)
-    assert isinstance(method, LoraConfig)
-    trained = max(
-        sum(method.r * (linear.ins + linear.outs) for linear, blocks in job.adapted if number in blocks)
-        for number in range(job.arch.layers)
-    )
+    tokens, method = _checked(job), job.method
+    if isinstance(method, LoraConfig):
+        trained = max(
+            sum(method.r * (linear.ins + linear.outs) for linear, blocks in job.adapted if number in blocks)
+            for number in range(job.arch.layers)
+        )
+    else:
+        trained = sum(tensors.elements for tensors in job.trained if tensors.copies == job.arch.layers)
     expanded = 0 if job.quantization == "none" else 1 if job.quantization == "fp8" else job.dtype_bytes
     inside = tokens * (plain_bytes_per_token(job) + 4 * job.shape.intermediate * job.dtype_bytes)
     return 8 * trained + max(8 * trained, inside + _largest_layer(job) * expanded)
 
 
 def plain_bytes_per_token(job: Job) -> int:
-    """What autograd keeps of one token in one block of transformers with PEFT; measured for Llama in bf16 on CPU.
+    """What autograd keeps of one token in one block of the plain path; measured in bf16 on CPU.
 
     PEFT makes an fp32 copy of the input for every adapter on a 16-bit base. In fp32 this is an upper bound.
     """
     shape, method = job.shape, job.method
-    assert isinstance(method, LoraConfig)
     keys = shape.kv_heads * shape.head_dim
-    kept = (6 * shape.hidden + 3 * shape.intermediate + 2 * keys) * job.dtype_bytes + 4 * shape.heads + 8
+    if shape.gated:
+        tables = 2 * job.arch.rotary if job.arch.family == "glm" else 0  # GLM spreads them anew in each block
+        kept = (6 * shape.hidden + 3 * shape.intermediate + 2 * keys + tables) * job.dtype_bytes + 4 * shape.heads + 8
+    else:  # layer norms keep the mean as well; rotated queries and keys stand beside the projection's
+        turned = 2 * shape.hidden if job.arch.rotary else 0
+        kept = (6 * shape.hidden + turned + shape.intermediate) * job.dtype_bytes + 4 * shape.heads + 16
     if shape.qk_norm:
         kept += 4 * (shape.attention + keys + shape.heads + shape.kv_heads)
-    return kept + sum(4 * (linear.ins + method.r) for linear, _ in job.adapted)
+    rank = method.r if isinstance(method, LoraConfig) else 0
+    return kept + sum(4 * (linear.ins + rank) for linear, _ in job.adapted)
 
 
 TERMS: tuple[Callable[[Job], Part], ...] = (
     _outer_weights,
     _embedding_on_its_way,
     _block_weights,
-    _biases,
     _adapters,
     _starts,
     _copies,
