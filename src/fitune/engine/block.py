@@ -22,6 +22,7 @@ from fitune.engine.groups import Group
 from fitune.engine.products import Scratch
 from fitune.engine.spec import BlockSpec, frozen_norm
 from fitune.engine.trained import Trained
+from fitune.engine.virtual import Prefix
 from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
 from fitune.kernels.dropout import Dropout, Mask
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
@@ -42,12 +43,14 @@ class Tokens:
         documents: where each token's document starts and ends, and its prefix.
         rotary: cos and sin tables; None: positions are not rotary.
         slopes_h: ALiBi's, per head; None: positions are not ALiBi.
+        first_D: the first of each document's virtual tokens, -1 where there is no document; None: there are none.
     """
 
     positions_AT: torch.Tensor
     documents: Documents
     rotary: Rotary | None
     slopes_h: torch.Tensor | None
+    first_D: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Block:
         self.head_norm = _head_norm(layer, spec)
         self.shape: BlockShape  # set once the adapters of all blocks are known
         self.first = False  # nothing trains below: no gradient of the block's input is needed
+        self.prefix: Prefix | None = None
 
     def use_dropout(self, dropout: Dropout, number: int) -> None:
         """Drop inputs of this block's adapters: one mask per group, its stream is that of block and group."""
@@ -101,7 +105,8 @@ class Block:
     def trains(self) -> bool:
         """Some parameter of this block is trained."""
         norms = (self.norm1.dbias_H, self.norm2.dbias_H)
-        return any(group.trains for group in self.groups.values()) or any(bias is not None for bias in norms)
+        others = self.prefix is not None or any(bias is not None for bias in norms)
+        return others or any(group.trains for group in self.groups.values())
 
     def forward(self, v: Views, tokens: Tokens, stream: torch.Tensor | None) -> torch.Tensor:
         """From the block below, its stream (None: the input is in `x` already) and its `branch`, to `branch`.
@@ -180,7 +185,7 @@ class Block:
         return QKV.of_rows(rows_Tn, self.shape.heads, self.shape.kv_heads)
 
     def _queries_keys_values(self, v: Views, tokens: Tokens, rotated: bool) -> QKV:
-        """Rotated queries and keys, and values.
+        """Rotated queries and keys, and values; those of a prefix in their places.
 
         Without per-head norms the rotation is done in place, once. With them `qkv` keeps the projections' output, from
         which normed and rotated queries and keys are made in `normed`, again in the backward pass.
@@ -189,10 +194,16 @@ class Block:
         if self.head_norm is None or rotary is None:
             if rotary is not None and not rotated:
                 rotate(qkv, rotary, tokens.positions_AT, shape.heads + shape.kv_heads, qkv)
-            return self._heads(qkv)
+            return self._with_prefix(self._heads(qkv), tokens)
         q, k = v["normed"][:, : shape.attention], v["normed"][:, shape.attention :]
         qk_norm_rotate(qkv, self.head_norm, rotary, tokens.positions_AT, q, k)
-        return QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape))
+        return self._with_prefix(QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape)), tokens)
+
+    def _with_prefix(self, qkv: QKV, tokens: Tokens) -> QKV:
+        if self.prefix is not None:
+            assert tokens.first_D is not None
+            self.prefix.place(qkv, tokens.first_D)
+        return qkv
 
     def _up(self, v: Views, again: bool) -> None:
         self._down_project("up", v, again)
@@ -230,7 +241,7 @@ class Block:
 
     @property
     def _trains_before_attention(self) -> bool:
-        return self.groups["qkv"].needs_gradient or self.norm1.dbias_H is not None
+        return self.groups["qkv"].needs_gradient or self.norm1.dbias_H is not None or self.prefix is not None
 
     def _backward_attention(self, v: Views, tokens: Tokens) -> None:
         shape, qkv_group, o = self.shape, self.groups["qkv"], self.groups["o"]
@@ -249,6 +260,9 @@ class Block:
         inputs, grads = self._queries_keys_values(v, tokens, rotated=True), self._heads(dout[0])
         scoring = self._scoring(tokens)
         attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, v["delta"])
+        if self.prefix is not None:
+            assert tokens.first_D is not None
+            self.prefix.take(grads, tokens.first_D)
         self._rotate_back(v, tokens, dout[0])
         self._through_norm(v, self.norm1, qkv_group, dout, stop=self.first)
 

@@ -21,14 +21,16 @@ class Trained:
     """All trained parameters.
 
     Args:
-        parameters: of one dtype, in the order in which gradients shall stand.
+        parameters: of one dtype, in the order in which gradients shall stand; none if autograd adds up all gradients.
+        device: of the parameters.
     Memory: 4 bytes per parameter for the gradients; the values move.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self.parameters = list(parameters)
-        self.values = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-        self.gradients = torch.zeros(self.values.numel(), device=self.values.device)
+        values = [parameter.detach().flatten() for parameter in self.parameters]
+        self.values = torch.cat(values) if values else torch.empty(0, device=device)
+        self.gradients = torch.zeros(self.values.numel(), device=device)
         self._parts: dict[int, slice] = {}
         at = 0
         for parameter in self.parameters:

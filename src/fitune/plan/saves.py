@@ -36,6 +36,7 @@ class BlockShape:
         fp8: projections multiply rows of fp8 codes. Their adapters then stand apart: nothing stands beside anything.
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
         dropout: the adapters' inputs are dropped, so they exist beside the inputs themselves.
+        virtual: virtual tokens in front of each document.
     """
 
     hidden: int
@@ -51,6 +52,7 @@ class BlockShape:
     fp8: bool = False
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
     dropout: bool = False
+    virtual: int = 0
 
     @property
     def qkv(self) -> int:
@@ -171,15 +173,31 @@ def integers(shape: BlockShape) -> tuple[str, ...]:
     """The integers of each token that travel to the device in each micro-step, as rows of int64, in their order.
 
     ids of the vocabulary; positions; first token of the document, the one past its last and the one past its prefix.
-    index and targets belong to supervised positions: which token, and what comes after it.
+    index and targets belong to supervised positions: which token, and what comes after it. first belongs to documents
+    with virtual tokens: the first of those.
     """
     positions = ("positions", "positions2")[: shape.axes]
-    return ("ids", *positions, *documents(shape), "index", "targets")
+    return ("ids", *positions, *documents(shape), "index", "targets", *(["first"] if shape.virtual else []))
 
 
 def documents(shape: BlockShape) -> tuple[str, ...]:
     """Those of `integers` that attention reads, as int32."""
     return ("start", "end", "until") if shape.prefix else ("start", "end")
+
+
+def virtual_bytes(shape: BlockShape, layers: int, dtype_bytes: int, prefix: bool) -> int:
+    """Bytes of what virtual tokens write over rows of a micro-step, and of its gradient in fp32.
+
+    Args:
+        prefix: keys and values of every block; else rows of the first block's input.
+    """
+    width = layers * 2 * shape.kv_heads * shape.head_dim if prefix else shape.hidden
+    return shape.virtual * width * (dtype_bytes + 4)
+
+
+def most_documents(shape: BlockShape, tokens: int) -> int:
+    """Documents that rows with virtual tokens can hold at most: each has a token besides."""
+    return tokens // (shape.virtual + 1)
 
 
 def shared_bytes(shape: BlockShape, level: Level, tokens: int, dtype_bytes: int) -> int:

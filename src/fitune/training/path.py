@@ -74,6 +74,8 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
         arguments["position_ids"] = batch.position_ids_BT
     else:
         arguments["attention_mask"] = batch.attention_mask_BT
+    if hasattr(_base(model), "blank"):  # ChatGLM-6B finds the answer by its ids, of which PEFT hands on embeddings
+        arguments["token_ids"] = batch.input_ids_BT
     logits: torch.Tensor = model(**arguments).logits
     return logits[:, -batch.input_ids_BT.shape[1] :]
 
@@ -84,10 +86,15 @@ def enable_checkpointing(model: nn.Module) -> None:
     Non-reentrant checkpointing finds the adapters inside a block by itself, so the embedding output needs no
     gradient and nothing below the first trainable parameter is computed backwards.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = _base(model)
     # Renamed within transformers 5; the old name goes with version 6.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _base(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def check_packing(model: nn.Module, device: torch.device, rows: list[Row]) -> None:
