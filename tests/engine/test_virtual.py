@@ -1,16 +1,12 @@
 """Virtual tokens on the engine against PEFT's forward: prompt tuning, P-tuning, prefix tuning, on every family."""
 
 import pytest
-import torch
 
-from engine_models import CONFIGS, NEEDS_CUDA, compare, difference, make, make_rows, run
+from engine_models import CONFIGS, compare, difference, make, make_rows, run
 from fitune.data.batches import pack, pad
-from fitune.engine.layout import flatten
 from fitune.engine.path import EnginePath
-from fitune.engine.spec import Unsupported
 from fitune.methods.base import trainable
-from fitune.model.prefix_lm import Blank
-from fitune.plan.saves import LEVELS, virtual_bytes
+from fitune.plan.saves import LEVELS
 from fitune.training.path import PlainPath
 
 METHODS = {

@@ -112,7 +112,9 @@ def _check(model: nn.Module, found: list[nn.Parameter]) -> None:
         is_adapter = ".lora_A." in name or ".lora_B." in name
         adapters.append(is_adapter)
         if id(parameter) not in known:
-            where = ", which is in no block" if is_adapter else "; the engine trains LoRA adapters and biases"
+            where = (
+                ", which is in no block" if is_adapter else "; the engine trains adapters, biases and virtual tokens"
+            )
             raise Unsupported(f"trains {name}{where}")
     if len(set(adapters)) > 1:
         raise Unsupported("trains adapters and biases at once")

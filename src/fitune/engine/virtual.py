@@ -64,7 +64,9 @@ class Virtual:
         self.count: int = settings.num_virtual_tokens
         self.embedded = settings.peft_type in EMBEDDED
         self._encoder, self._tokens_P = model.prompt_encoder[name], model.prompt_tokens[name][: self.count]
-        self._norm = base_of(model).get_submodule(spec.embedding_norm) if spec.embedding_norm and self.embedded else None
+        self._norm = (
+            base_of(model).get_submodule(spec.embedding_norm) if spec.embedding_norm and self.embedded else None
+        )
         device = self._encoder.embedding.weight.device
         self._dtype, self._tokens_P = dtype, self._tokens_P.to(device)
         width: int = settings.token_dim

@@ -57,10 +57,10 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return "an architecture the planner does not know"
     if arch.plain is not None:
         return arch.plain
-    if isinstance(method, BitfitConfig):
+    if isinstance(method, BitfitConfig | PromptLearning):
         return None
     if not isinstance(method, LoraConfig):
-        return f"method.name={method.name}; the engine trains LoRA adapters and biases"
+        return f"method.name={method.name}; the engine trains adapters, biases and virtual tokens"
     if method.modules_to_save:
         return "method.modules_to_save; the engine trains LoRA adapters"
     return "DoRA" if method.dora else None
