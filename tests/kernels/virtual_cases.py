@@ -11,7 +11,7 @@ LAYOUTS = ["alone", "beside", "fused"]
 def make(shape, layout, dtype, device="cpu"):
     """A table (P, g, d), first_D, and a (T, g, d) view of random rows with everything around it."""
     generator = torch.Generator().manual_seed(0)
-    count, heads, width = shape
+    _, heads, width = shape
     table = torch.randn(shape, generator=generator).to(dtype).to(device)
     first = torch.tensor(FIRST, device=device)
     columns = {"alone": heads * width, "beside": 2 * heads * width + 6, "fused": 3 * heads * width}[layout]

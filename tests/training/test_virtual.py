@@ -57,7 +57,7 @@ def test_the_run_is_that_of_the_plain_path(tree, method):
 @pytest.mark.parametrize("method", ["ptuning", "prefix"])
 def test_a_resumed_run_is_the_same_bit_by_bit(tree, method):
     tree["method"] = METHODS[method]
-    whole = train(tree, train__path="fast")
+    whole = train(tree, train__path="fast", train__schedule="constant")
     tree["output"]["dir"] += "-stopped"
     half = train(tree, train__max_steps=2)
     resumed = run.resume(half.run, ["train.max_steps=6"], quiet=True)
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit(tree, method):
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_packed_and_recomputed(tree, method):
-    """What the plain path refuses: several documents in one sequence, and a prefix in blocks that are computed again."""
+    """What the plain path refuses: several documents in a sequence, a prefix in blocks that are computed again."""
     tree["method"] = METHODS[method]
     results = [train(tree, train__max_steps=3)]
     del tree["train"]["micro_batch_rows"]

@@ -73,8 +73,8 @@ def _check(name: str, few_Pgd: torch.Tensor, rows_name: str, rows_Tgd: torch.Ten
     require_vector("first_D", first_D, 0)
     if few_Pgd.dim() != 3 or few_Pgd.shape[1:] != rows_Tgd.shape[1:] or not few_Pgd.is_contiguous():
         raise ValueError(
-            f"{name} has shape {tuple(few_Pgd.shape)} and strides {few_Pgd.stride()}; needed: contiguous (P, g, d) with "
-            f"the g and d of {rows_name}, whose shape is {tuple(rows_Tgd.shape)}"
+            f"{name} has shape {tuple(few_Pgd.shape)} and strides {few_Pgd.stride()}; needed: contiguous (P, g, d) "
+            f"with the g and d of {rows_name}, whose shape is {tuple(rows_Tgd.shape)}"
         )
     if rows_Tgd.stride(2) != 1:
         raise ValueError(f"{rows_name} has strides {rows_Tgd.stride()}; needed: stride 1 in its last dimension")

@@ -145,7 +145,8 @@ def _block_differences(
             expected["virtual tokens"] = x.grad[: engine.virtual.count]
             found["virtual tokens"] = engine.virtual.gradient[:, 0]
         for name, leaf_1gPd in leaves.items():
-            assert engine.virtual is not None and leaf_1gPd.grad is not None
+            assert engine.virtual is not None
+            assert leaf_1gPd.grad is not None
             expected[name] = leaf_1gPd.grad[0].transpose(0, 1)
             found[name] = engine.virtual.gradient[number, PREFIX_PARTS.index(name)]
         beside = engine.blocks[number].norm1.norm.carried is None  # the residual passes through as it is
