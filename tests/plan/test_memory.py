@@ -23,7 +23,8 @@ from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
 from fitune.plan.job import block_columns
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import lora_columns, plan_memory, planned_level
-from fitune.plan.parts import PHASES, parts, plain_bytes_per_token, quantized_bytes
+from fitune.plan.part import PHASES
+from fitune.plan.parts import parts, plain_bytes_per_token, quantized_bytes
 from fitune.plan.saves import LEVELS
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import PlainPath

@@ -114,7 +114,8 @@ class EnginePath:
             for number, block in enumerate(self.blocks):
                 block.use_dropout(self.dropout, number)
         virtual = self.virtual.count if self.virtual else 0
-        return replace(shape, fp8=fp8 == {True}, dropout=probability > 0, virtual=virtual)
+        scaled = max(block.scaled for block in self.blocks)
+        return replace(shape, fp8=fp8 == {True}, dropout=probability > 0, virtual=virtual, scaled=scaled)
 
     def _set_up_ends(self, base: Any, spec: BlockSpec) -> None:
         """The norm behind the embedding, if there is one; final norm and head."""

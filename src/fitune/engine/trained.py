@@ -87,6 +87,8 @@ def trained_parameters(model: nn.Module, spec: BlockSpec) -> list[nn.Parameter]:
             for adapters in ("lora_A", "lora_B"):
                 sets.append([linear.weight for module in wrapped for linear in getattr(module, adapters).values()])
             sets.append([_bias(layer, path) for path in paths])
+            modules = [layer.get_submodule(path) for path in paths]
+            sets += [[p] for module in modules for p in getattr(module, "ia3_l", {}).values()]
     found = []
     for parameters in sets:
         trained = [p for p in parameters if p is not None and p.requires_grad]
@@ -109,7 +111,7 @@ def _check(model: nn.Module, found: list[nn.Parameter]) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_adapter = ".lora_A." in name or ".lora_B." in name
+        is_adapter = any(kind in name for kind in (".lora_A.", ".lora_B.", ".ia3_l."))
         adapters.append(is_adapter)
         if id(parameter) not in known:
             where = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fitune.config import LoraConfig, MethodConfig, PrefixConfig, PromptLearning
+from fitune.config import Ia3Config, LoraConfig, MethodConfig, PrefixConfig, PromptLearning
 from fitune.plan.arch import ArchSpec, Linear
 from fitune.plan.hardware import Hardware
 from fitune.plan.lengths import MicroStep
@@ -53,17 +53,23 @@ class Job:
         """A block with as many adapter columns as any has: buffers are the same for all."""
         qkv, o, up, down = (max(found) for found in zip(*self.columns, strict=True))
         shape = self.arch.block_shape((qkv, o, up, down))
-        dropout = self.engine and isinstance(self.method, LoraConfig) and self.method.dropout > 0
-        virtual = self.virtual_tokens if self.engine else 0
-        return replace(shape, fp8=self.quantization == "fp8" and self.engine, dropout=dropout, virtual=virtual)
+        dropout = isinstance(self.method, LoraConfig) and self.method.dropout > 0
+        if not self.engine:
+            return shape
+        fp8, scaled = self.quantization == "fp8", self._scaled(shape)
+        return replace(shape, fp8=fp8, dropout=dropout, virtual=self.virtual_tokens, scaled=scaled)
+
+    def _scaled(self, shape: BlockShape) -> int:
+        """Width of the widest output or input that IA3 multiplies."""
+        if not isinstance(self.method, Ia3Config):
+            return 0
+        groups = {linear.group for linear, _ in adapted(self.arch, self.method.target_modules)}
+        return max(shape.qkv if "qkv" in groups else 0, shape.intermediate if "down" in groups else 0)
 
     @property
     def kept_blocks(self) -> int:
         """Blocks that keep activations: those from the lowest trained one up."""
-        if not self.engine:
-            return self.arch.layers - min(tensors.lowest for tensors in self.trained)
-        lowest = next((i for i, columns in enumerate(self.columns) if any(columns)), 0)
-        return self.arch.layers - lowest
+        return self.arch.layers - min(tensors.lowest for tensors in self.trained)
 
     @property
     def hosted(self) -> int:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fitune.config import LoraConfig, PrefixConfig
+from fitune.config import LoraConfig
 from fitune.plan.hardware import MIB, NUM_WORKSPACES
 from fitune.plan.job import Job
-from fitune.plan.part import AGAIN, READY, STEP, Part, Phase
+from fitune.plan.part import AGAIN, READY, STEP, Part
 from fitune.plan.saves import (
     GROUPS,
     block_saves,
@@ -26,8 +26,8 @@ from fitune.plan.saves import (
     saved_bytes,
     shared_buffers,
     shared_bytes,
-    virtual_bytes,
 )
+from fitune.plan.virtual import encoded_rows, virtual_rows
 
 STAGING_SLOTS = 4  # copies of a micro-step's integers that the host keeps
 SENT_SLOTS = 2  # rows of a hosted embedding on their way to the device
@@ -190,20 +190,6 @@ def _rotary_tables(job: Job) -> Part:
     return Part("rotary tables", 2 * positions * width * job.dtype_bytes, formula, READY)
 
 
-def _virtual(job: Job) -> Part:
-    """What the engine writes over rows of virtual tokens, and the gradient it finds there."""
-    size = virtual_bytes(job.shape, job.arch.layers, job.dtype_bytes, isinstance(job.method, PrefixConfig))
-    elements = size // (job.dtype_bytes + 4)
-    return Part("virtual tokens", size, f"{elements:,} elements x ({job.dtype_bytes} + 4) B", READY)
-
-
-def _encoded(job: Job) -> Part:
-    """What PEFT's encoder makes of its parameters, in fp32, until its gradient has come back."""
-    elements = virtual_bytes(job.shape, job.arch.layers, 0, isinstance(job.method, PrefixConfig)) // 4
-    phases: tuple[Phase, ...] = ("capture", "forward", "head", "backward")
-    return Part("virtual tokens, encoded", 4 * elements, f"{elements:,} elements x 4 B", phases)
-
-
 def _rows(job: Job) -> Part:
     if not job.engine:
         return Part("ids, labels, positions", 32 * job.capacity, f"{job.capacity:,} tokens x 32 B", STEP)
@@ -285,18 +271,20 @@ def _check_buffers(job: Job) -> Part:
 
 
 def _check_copies(job: Job) -> Part:
-    """What stays for the whole self-check: a copy of B; the inputs of all blocks and, one by one, their gradients.
+    """What stays for the whole self-check: a copy of B or of factors; the inputs of all blocks, then their gradients.
 
     Also, with ALiBi, the bias of all scores, which the plain path hands to every block.
     """
     if not job.engine:
         return Part("self-check: copies", 0, "")
     rank = job.method.r if isinstance(job.method, LoraConfig) else 0
-    trained = rank * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
+    what, copied = "B", rank * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
+    if job.shape.scaled:
+        what, copied = "factors", job.num_trained
     tokens, arch = _checked(job), job.arch
-    size = 4 * trained + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
+    size = 4 * copied + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
     size += 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
-    formula = f"{trained:,} of B x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
+    formula = f"{copied:,} of {what} x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
     return Part("self-check: copies", size, formula, ("self-check",))
 
 
@@ -306,7 +294,7 @@ def _check_plain(job: Job) -> Part:
     if not job.engine:
         return Part(name, 0, "")
     tokens, vocab, size = _checked(job), job.arch.vocab, job.dtype_bytes
-    needed = 0 if job.hardware.on_cpu or not job.own_gradients else job.num_trained
+    needed = job.num_trained if job.own_gradients and not job.hardware.on_cpu else 0
     # Logits in their dtype, in fp32, and their logarithms; no gradient.
     moments = [
         (tokens * vocab * (size + 8), f"{tokens} tokens x {vocab:,} logits x {size + 8} B"),
@@ -358,6 +346,8 @@ def plain_bytes_per_token(job: Job) -> int:
     if shape.qk_norm:
         kept += 4 * (shape.attention + keys + shape.heads + shape.kv_heads)
     rank = method.r if isinstance(method, LoraConfig) else 0
+    if shape.scaled:  # outputs before they were multiplied, at most for all projections of a group
+        kept += shape.qkv * job.dtype_bytes + 4 * shape.intermediate
     return kept + sum(4 * (linear.ins + rank) for linear, _ in job.adapted)
 
 
@@ -379,8 +369,8 @@ TERMS: tuple[Callable[[Job], Part], ...] = (
     _working_set,
     _head,
     _rotary_tables,
-    _virtual,
-    _encoded,
+    virtual_rows,
+    encoded_rows,
     _rows,
     _workspaces,
     _quantizing,

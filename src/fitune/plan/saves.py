@@ -37,6 +37,7 @@ class BlockShape:
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
         dropout: the adapters' inputs are dropped, so they exist beside the inputs themselves.
         virtual: virtual tokens in front of each document.
+        scaled: widest output or input that IA3's factors multiply: it is copied, and the factors stay apart.
     """
 
     hidden: int
@@ -53,6 +54,7 @@ class BlockShape:
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
     dropout: bool = False
     virtual: int = 0
+    scaled: int = 0
 
     @property
     def qkv(self) -> int:
@@ -141,8 +143,9 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
 
     `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output and of
     queries, keys and values with their group's adapter columns. `dropped` holds a group's input after dropout, or what
-    its adapters add to the input gradient. `x0` and `x1` hold inputs on their way to and from the host. `branch` and
-    `d` have one row more than tokens: where the head's last chunk puts its padding.
+    its adapters add to the input gradient; `scaled` what IA3 made of queries, keys and values or of the activation.
+    `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more than tokens: where
+    the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
     qkv, o, up, down = shape.beside
@@ -157,6 +160,7 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
         Saved("d", shape.hidden + max(o, down)),
         Saved("delta", shape.heads, size=4),
         *([Saved("dropped", max(ins for _, ins, R in shape.groups.values() if R))] if shape.dropout else []),
+        *([Saved("scaled", shape.scaled)] if shape.scaled else []),
         *(_fp8_rows(shape) if shape.fp8 else ()),
     )
 

@@ -2,9 +2,10 @@
 
 Block by block: both paths get the same input and the same gradient of the output, so that rounding does not add up over
 the depth of the model and a wrong kernel stands out. Then the loss of the whole model, which covers what connects the
-blocks. The adapters' B, zero at the start, is random meanwhile; otherwise A would have no gradient. Blocks of the plain
-path are called as the model itself calls them, whatever its family hands them beside their input. Virtual tokens are
-compared by their gradients where the engine leaves them to autograd: block inputs, or keys and values of every block.
+blocks. What starts without any effect is random meanwhile: the adapters' B, zero, without which A would have no
+gradient, and IA3's factors, all one. Blocks of the plain path are called as the model itself calls them, whatever its
+family hands them beside their input. Virtual tokens are compared by their gradients where the engine leaves them to
+autograd: rows of the first block's input, or keys and values of every block.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
     start = max(0, min(row.learn.find(1) - count // 2, row.num_tokens - count))
     part = Row(row.input_ids[start : start + count], bytes([0]) + bytes([1]) * (count - 1), row.source)
     batch = pad([part], 0) if engine.virtual else pack([part])  # PEFT wants a mask with virtual tokens
-    with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_B(model):
+    with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_start(model):
         loss, calls = _plain_forward(model, batch.to(engine.device), engine)
         loss_off = abs(engine.loss(batch).item() - loss) / abs(loss)
         worst, where = max([*_block_differences(model, engine, batch, calls), _mask_difference(engine)])
@@ -68,13 +69,14 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
 
 
 @contextmanager
-def _random_B(model: nn.Module) -> Iterator[None]:
-    parameters = {name: p for name, p in trainable(model).items() if ".lora_B." in name}
+def _random_start(model: nn.Module) -> Iterator[None]:
+    parameters = {name: p for name, p in trainable(model).items() if ".lora_B." in name or ".ia3_l." in name}
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+        for name, parameter in parameters.items():
+            mean, spread = (0.0, 0.01) if ".lora_B." in name else (1.0, 0.2)
+            parameter.copy_(mean + spread * torch.randn(parameter.shape, generator=generator))
     try:
         yield
     finally:
