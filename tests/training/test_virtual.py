@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from fitune.config import build
-from fitune.engine import virtual
+from fitune.engine import factors, virtual
 from fitune.errors import ConfigError, FituneError
 from fitune.training import run
 
@@ -22,6 +22,7 @@ METHODS = {
     "prefix projection": {"name": "prefix", "num_virtual_tokens": 3, "projection": True, "encoder_hidden_size": 16},
 }
 VIRTUAL = list(METHODS)
+METHODS["ia3"] = {"name": "ia3"}
 
 
 def train(tree, quiet=True, **changes):
@@ -54,7 +55,7 @@ def test_the_run_is_that_of_the_plain_path(tree, method):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["ptuning", "prefix"])
+@pytest.mark.parametrize("method", ["ptuning", "prefix", "ia3"])
 def test_a_resumed_run_is_the_same_bit_by_bit(tree, method):
     tree["method"] = METHODS[method]
     whole = train(tree, train__path="fast", train__schedule="constant")
@@ -98,3 +99,24 @@ def test_a_wrong_kernel_is_refused(tree, monkeypatch, method, kernel):
     monkeypatch.setattr(virtual, kernel, WRONG[kernel](getattr(virtual, kernel)))
     with pytest.raises(FituneError, match="the fast path disagrees with the plain path"):
         train(tree, train__max_steps=1)
+
+
+def test_wrong_factors_are_refused(tree, monkeypatch):
+    tree["method"] = METHODS["ia3"]
+    real = factors.add_column_sums
+    with monkeypatch.context() as patch:
+        patch.setattr(factors, "add_column_sums", lambda x, scale, into, times_TN: real(x, scale, into))
+        with pytest.raises(FituneError, match=r"disagrees with the plain path.*ia3_l"):
+            train(tree, train__max_steps=1)
+    monkeypatch.setattr(factors.Factors, "scale", lambda self, y, out: out.copy_(y))
+    with pytest.raises(FituneError, match="disagrees with the plain path"):
+        train(tree, train__max_steps=1)
+
+
+def test_factors_elsewhere_take_the_plain_path(tree, capsys):
+    tree["method"] = {"name": "ia3", "target_modules": "linear"}
+    train(tree, train__max_steps=1, quiet=False)
+    assert "plain path: IA3's factors on other layers" in " ".join(capsys.readouterr().err.split())
+    tree["output"]["dir"] += "-fast"
+    with pytest.raises(ConfigError, match="train.path=fast, but the engine cannot run this: IA3's factors on other"):
+        train(tree, train__path="fast")
