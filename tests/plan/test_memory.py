@@ -386,7 +386,7 @@ def test_llama_1b_stays_near_the_design():
     ("config", "method", "train", "reason"),
     [
         (BLOOM_1B4 | {"hidden_dropout": 0.1}, {"name": "lora"}, {}, "hidden_dropout"),
-        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains LoRA adapters and biases"),
+        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains adapters, biases and virtual tokens"),
         (LLAMA_1B, {"name": "full"}, {}, "method.name=full"),
         (LLAMA_1B, {"name": "lora"}, {"path": "plain"}, "train.path=plain"),
     ],

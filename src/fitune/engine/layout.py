@@ -58,7 +58,7 @@ def flatten(batch: Batch, blank: Blank | None = None, virtual: int = 0) -> tuple
     if blank is not None:
         places = find_places(ids[None], blank, None, positions[None])
         rows["positions"], rows["positions2"] = places.rows_B2S[0]
-        prefixes = torch.stack([part.sum() for part in places.context_BS[0].split(lengths.tolist())])
+        prefixes = torch.stack([part.sum() for part in torch.split(places.context_BS[0], lengths.tolist())])
         rows["until"] = (starts + prefixes).repeat_interleave(lengths)
     if virtual:
         rows["first"] = starts

@@ -138,7 +138,7 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
 
 
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -99,7 +99,7 @@ class Virtual:
         assert self._made is not None, "the encoder has not run in training"
         # In this thread: in autograd's own the libraries would make themselves another workspace.
         with torch.autograd.set_multithreading_enabled(False):
-            self._made.backward(self.gradient.to(self._made.dtype))
+            torch.autograd.backward(self._made, self.gradient.to(self._made.dtype))
         self._made = None
 
     def prefix(self, layer: int) -> Prefix | None:
