@@ -15,18 +15,20 @@ import pytest
 from tiny import make_model, make_rows
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
+# A folder `shared` beside the checkout or one of its parents (a worktree lies deeper).
+SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "data" / "configs").is_dir()), None)
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=100, help="SIGKILLs of `make kill-test`")
+    parser.addoption("--cells", choices=("pairs", "all"), default="pairs", help="how much of the matrix is run")
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data beside the checkout; tests that use it skip without it."""
-    if not SHARED.is_dir():
-        pytest.skip("needs ../shared/data")
+    if SHARED is None:
+        pytest.skip("needs shared/data beside the checkout")
     return SHARED
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 SIZES = {
     "model_type": "chatglm",
@@ -130,3 +133,37 @@ def logits(weights, ids, sizes=SIZES):
         x = b * alpha + linear(h, f"{layer}.mlp.dense_4h_to_h")
     x = norm(x, "transformer.final_layernorm")
     return F.linear(x, weights["lm_head.weight"])
+
+
+# The published configuration, made small; ids and vocabulary are the real tokenizer's.
+PUBLISHED = {
+    "_name_or_path": "THUDM/chatglm-6b",
+    "hidden_size": 32,
+    "inner_hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_layers": 2,
+}
+
+
+def write_folder(folder, shared, form="bin", **changes):
+    """A tiny ChatGLM-6B folder as published: two .bin shards with stored frequencies, code, the real tokenizer."""
+    folder.mkdir(parents=True)
+    config = json.loads((shared / "configs" / "chatglm-6b" / "config.json").read_text()) | PUBLISHED | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("ice_text.model", "tokenizer_config.json"):
+        shutil.copyfile(shared / "tokenizers" / "chatglm-6b" / name, folder / name)
+    for name in ("configuration", "modeling", "tokenization"):
+        (folder / f"{name}_chatglm.py").write_text("raise SystemExit('code of the model folder was run')\n")
+    weights = random_weights(config)
+    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
+    frequencies = {f"transformer.layers.{n}.attention.rotary_emb.inv_freq": torch.rand(4) for n in range(2)}
+    if form == "safetensors":
+        save_file({name: w.clone() for name, w in (weights | frequencies).items()}, folder / "model.safetensors")
+        return folder
+    names = sorted(weights)
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, chosen in shards.items():
+        torch.save({name: weights[name] for name in chosen} | frequencies, folder / file)
+    index = {name: file for file, chosen in shards.items() for name in (*chosen, *frequencies)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder

@@ -12,19 +12,8 @@ import pytest
 
 from fitune.data.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent.parent
-
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real data in a folder `shared` beside the checkout or one of its parents; tests that use it skip without it."""
-    for parent in ROOT.parents:
-        if (parent / "shared" / "data" / "tokenizers").is_dir():
-            return parent / "shared" / "data"
-    pytest.skip("needs shared/data beside the checkout")
 
 
 @pytest.fixture(scope="session")

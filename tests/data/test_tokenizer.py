@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import ConfigError, MissingDependencyError
+from fitune.errors import ConfigError
 
 SPECIAL = "a <|im_end|> b <|eot_id|> c <|user|> [gMASK] <eos> d <|endoftext|>"
 
@@ -154,17 +154,3 @@ def test_hash_follows_tokens_not_the_model(tmp_path, write_tokenizer):
     base = hash_with({"eos_token_id": 2, "dtype": "float32"})
     assert hash_with({"dtype": "bfloat16", "eos_token_id": 2}) == base
     assert hash_with({"eos_token_id": 3}) != base
-
-
-def test_a_sentencepiece_folder_is_converted_or_refused(shared, tmp_path):
-    from importlib.util import find_spec
-
-    for file in (shared / "tokenizers" / "llama2").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    if find_spec("sentencepiece") is None or find_spec("google") is None:
-        with pytest.raises((ConfigError, MissingDependencyError), match="pip install sentencepiece protobuf"):
-            Tokenizer.load(tmp_path)
-        return
-    tokenizer = Tokenizer.load(tmp_path)
-    assert (tokenizer.vocab_size, tokenizer.prefix_ids, tokenizer.eos_id) == (32000, (1,), 2)
-    assert tokenizer.encode("你是助手</s>") == [29871, 30919, 30392, 31931, 30880, 829, 29879, 29958]

@@ -13,7 +13,7 @@ from fitune.engine.path import EnginePath
 from fitune.engine.spec import Unsupported
 from fitune.methods.base import trainable
 from fitune.model.libraries import import_peft
-from fitune.model.prefix_lm import Blank
+from fitune.plan.chatglm import Blank
 from fitune.plan.saves import LEVELS, virtual_bytes
 from fitune.training.path import PlainPath
 

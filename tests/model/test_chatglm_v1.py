@@ -13,8 +13,9 @@ from fitune.methods.base import trainable
 from fitune.model.chatglm_v1 import ALPHA, ChatGLMForConditionalGeneration, read_config
 from fitune.model.families import target_modules
 from fitune.model.libraries import import_peft
-from fitune.model.prefix_lm import Blank, find_places, prefix_bias, rotary_angles
+from fitune.model.prefix_lm import find_places, prefix_bias, rotary_angles
 from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.plan.chatglm import Blank
 from fitune.training.path import check_packing, enable_checkpointing, forward
 from original_chatglm_v1 import SIZES, attends, logits, position_rows, random_weights, turned
 
@@ -256,10 +257,7 @@ def test_virtual_tokens_belong_to_the_context(weights, kind):
     batch = pad(as_rows(), PAD)
     wrapped.eval()
 
-    def run(ids, mask):
-        return wrapped(input_ids=ids, attention_mask=mask, token_ids=ids).logits
-
-    found = run(batch.input_ids_BT, batch.attention_mask_BT)[:, -batch.input_ids_BT.shape[1] :]
+    found = forward(wrapped, batch)[:, -batch.input_ids_BT.shape[1] :]
     if kind == "PromptTuningConfig":
         ids = torch.tensor([EXAMPLES["gmask"]])
         embedded = torch.cat([wrapped.get_prompt(1), model.transformer.word_embeddings(ids)], 1)
@@ -270,8 +268,8 @@ def test_virtual_tokens_belong_to_the_context(weights, kind):
     (answer,) = generate(wrapped, [prompt], [EOP], Sampling(max_new_tokens=5))
     ids = list(prompt)
     for token in answer.ids:
-        row = torch.tensor([ids])
-        assert run(row, torch.ones_like(row))[0, -1].argmax() == token
+        row = pad([Row(array("i", ids), bytes(len(ids)), "test:1")], PAD)
+        assert forward(wrapped, row)[0, -1].argmax() == token
         ids.append(token)
     found.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in trainable(wrapped).values())
@@ -288,11 +286,13 @@ def test_alpha_is_that_of_28_layers():
         ({"pre_seq_len": 128}, "`pre_seq_len` is 128"),
         ({"position_encoding_2d": False}, "`position_encoding_2d` is not true"),
         ({"num_attention_heads": 6}, "makes no 6 heads of a width divisible by 4"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` is 0; a number like 32"),
-        ({"hidden_size": "64"}, "`hidden_size` is '64'; a number like 4096"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0; a positive whole number"),
+        ({"hidden_size": "64"}, "`hidden_size` is '64'; a positive whole number"),
         ({"layernorm_epsilon": "x"}, "`layernorm_epsilon` is 'x'"),
-        ({"bos_token_id": 200}, r"are \(200, 191, 190\); three different ids below vocab_size \(200\)"),
-        ({"mask_token_id": 191}, "three different ids"),
+        ({"bos_token_id": 200}, r"are \[200, 191, 190\]; different ids below vocab_size \(200\)"),
+        ({"mask_token_id": 191}, "different ids"),
+        ({"torch_dtype": "float"}, None),
+        ({"torch_dtype": "nonsense"}, "nonsense"),
         ({"quantization_bit": 0, "pre_seq_len": None}, None),
     ],
 )

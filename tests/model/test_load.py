@@ -78,6 +78,18 @@ def test_missing_weights_are_not_replaced_by_random_ones(copy):
         load_base(copy, "fp32", CPU)
 
 
+def test_a_head_of_its_own_that_is_missing_is_missing(copy):
+    """transformers would tie it if config.json said so; here it would be random numbers."""
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 weights are missing \(lm_head.weight\)"):
+        load_base(copy, "fp32", CPU)
+    edit(copy, tie_word_embeddings=True)
+    model = load_base(copy, "fp32", CPU).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_weights_of_another_shape_are_refused(copy):
     edit(copy, intermediate_size=80)
     with pytest.raises(ConfigError, match="shape|size"):

@@ -14,6 +14,7 @@ from fitune.config import DataConfig
 from fitune.data.doctor_text import render_text, to_json
 from fitune.data.example import BadRow, Example
 from fitune.data.prepare import percentile, template_for
+from fitune.data.row_view import RowView, view
 from fitune.data.rows import Row, encode, fit, windows
 from fitune.data.sources import read
 from fitune.data.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class DoctorReport:
         examples: the first rows as the model sees them, what is learnt between ⟦ and ⟧.
         num_unknown_tokens, num_byte_tokens: tokens for characters that the vocabulary does not know, or knows only
             byte by byte; many of them mean that the model hardly reads this language.
+        rendered: the first rows token by token, as many as were asked for.
     """
 
     files: tuple[str, ...]
@@ -82,6 +84,7 @@ class DoctorReport:
     examples: tuple[tuple[str, str], ...]
     num_unknown_tokens: int
     num_byte_tokens: int
+    rendered: tuple[RowView, ...] = ()
 
     @property
     def num_bad_rows(self) -> int:
@@ -94,19 +97,20 @@ class DoctorReport:
         return dict(Counter(row.kind for row in self.bad_rows).most_common())
 
 
-def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> DoctorReport:
+def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer, render: int = 0) -> DoctorReport:
     """Read files and measure them as training data.
 
     Args:
         files: taken instead of data.train.
         data: format, template, loss_on and max_length count; the rules for bad and long rows only change the advice.
+        render: rows to show token by token, instead of examples.
     Raises:
         DataError: a file cannot be read at all.
         ConfigError: the template cannot be used with the tokenizer.
     """
     result = read(files, data.format)
     template = template_for(result, data, tokenizer)
-    measure = _Measure(data.max_length, tokenizer)
+    measure = _Measure(data.max_length, tokenizer, render)
     bad = list(result.bad_rows)
     for example, row in encode(result.examples, tokenizer, template, data.loss_on):
         if isinstance(row, BadRow):
@@ -124,7 +128,7 @@ def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> Doc
         on_long_rows=data.on_long_rows,
         num_rows=result.num_rows,
         bad_rows=tuple(sorted(bad, key=lambda row: (row.file, row.line))),
-        notes=result.notes,
+        notes=(*result.notes, *([template.note] if template is not None and template.note else [])),
         extra_keys=result.extra_keys,
         num_tokens=sum(ordered),
         num_supervised=measure.num_supervised,
@@ -141,6 +145,7 @@ def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> Doc
         examples=tuple(measure.examples),
         num_unknown_tokens=measure.num_unknown,
         num_byte_tokens=measure.num_byte,
+        rendered=tuple(measure.rendered),
     )
 
 
@@ -150,9 +155,11 @@ class _Measure:
 
     max_length: int
     tokenizer: Tokenizer
+    render: int
     lengths: list[int] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     examples: list[tuple[str, str]] = field(default_factory=list)
+    rendered: list[RowView] = field(default_factory=list)
     num_supervised: int = 0
     num_unknown: int = 0
     num_byte: int = 0
@@ -175,10 +182,12 @@ class _Measure:
         first = self._first.setdefault(key, example.source)
         if first != example.source:
             self.duplicates.append((first, example.source))
-        if len(self.examples) < NUM_EXAMPLES:
+        if len(self.rendered) < self.render:
+            self.rendered.append(view(row, self.tokenizer))
+        if len(self.examples) < NUM_EXAMPLES and not self.render:
             self.examples.append((example.source, mark(row, self.tokenizer)))
         if example.messages is None:
-            num_windows = len(windows(row, self.max_length))
+            num_windows = len(windows(row, self.max_length, self.tokenizer.opening_ids))
             self._cuts["split"] += num_windows > 1
             self._cuts["windows"] += num_windows if num_windows > 1 else 0
         else:

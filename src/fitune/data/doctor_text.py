@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fitune.data.example import cap
+from fitune.data.row_view import table
 
 if TYPE_CHECKING:  # doctor.py hands these two functions on, so that callers import one module
     from fitune.data.doctor import DoctorReport
@@ -38,6 +39,7 @@ def render_text(report: DoctorReport) -> str:
         _lengths(report),
         _cuts(report),
         _duplicates(report),
+        *(table(row) for row in report.rendered),
         *([f"--- {source}, what is learnt between ⟦ and ⟧", _shorten(text)] for source, text in report.examples),
     ]
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section)))

@@ -5,7 +5,9 @@ The vocabulary of this room; `sources.py` makes these from files, `templates.py`
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 MAX_RAW_CHARACTERS = 2000
@@ -24,12 +26,31 @@ class Message:
         content: the whole text of the turn.
         instruction: on a user turn from an alpaca row, its `instruction`; `input` likewise. The alpaca template
             lays the two out apart, every other template uses `content`.
+        metadata: on an assistant turn of ChatGLM3, the name of the tool that it calls.
+        plain: on a system turn with tools, its own text, and the tools in `tools_json`. ChatGLM3 lays the two out
+            apart, every other template uses `content`.
     """
 
     role: str
     content: str
     instruction: str | None = None
     input: str | None = None
+    metadata: str | None = None
+    plain: str | None = None
+    tools_json: str | None = None
+
+
+def system_turn(text: str, tools: str) -> Message:
+    """A system turn that offers tools, described by a JSON text or in other words."""
+    described = f"You have access to these tools:\n{tools}"
+    content = f"{text}\n\n{described}" if text.strip() else described
+    return Message("system", content, plain=text if text.strip() else "", tools_json=_indented(tools))
+
+
+def _indented(listed: str) -> str:
+    with suppress(ValueError, RecursionError):  # tools may be described in any words
+        return json.dumps(json.loads(listed), indent=4, ensure_ascii=False)
+    return listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fitune.data.example import Message
+from fitune.data.example import Message, system_turn
 from fitune.data.scan import describe
 
 Row = Mapping[str, object]
@@ -115,6 +115,7 @@ def _messages(row: Row, problems: list[str]) -> Parsed:
     messages = _system(row, problems)
     outside = len(messages)
     messages += [_turn(f"{key}[{i}]", turn, problems) for i, turn in enumerate(turns)]
+    outside = _join_tools(row, messages, outside)
     if all(message.role for message in messages[outside:]):
         _check_order([f"{key}[{i}]" for i in range(len(turns))] or [key], messages, outside, problems)
     return Parsed(tuple(messages), None)
@@ -146,6 +147,7 @@ def _prompt_completion(row: Row, problems: list[str]) -> Parsed:
         else:
             messages.append(Message(role, _filled(row, key, empty, problems)))
             names.append(key)
+    outside = _join_tools(row, messages, outside)
     if names and all(message.role for message in messages[outside:]):
         _check_order(names, messages, outside, problems)
     return Parsed(tuple(messages), None)
@@ -178,8 +180,20 @@ def _turn(name: str, turn: object, problems: list[str]) -> Message:
         return Message(role, "")
     if role in ("user", "assistant"):
         empty = "empty answer" if role == "assistant" else "empty"
-        return Message(role, _check_filled(where, content, empty, problems))
+        metadata = _metadata(name, role, turn, problems)
+        return Message(role, _check_filled(where, content, empty, problems), metadata=metadata)
     return Message(role, _check_text(where, content, problems))
+
+
+def _metadata(name: str, role: str, turn: Row, problems: list[str]) -> str | None:
+    """ChatGLM3's name of the called tool; it stands on a line of its own before the call."""
+    value = turn.get("metadata")
+    if role != "assistant" or value in (None, ""):
+        return None
+    text = _check_text(f"{name}.metadata", value, problems)
+    if "\n" in text:
+        problems.append(f"{name}.metadata: must be one line")
+    return text
 
 
 def _joined(name: str, content: object, problems: list[str]) -> object:
@@ -200,7 +214,8 @@ def _joined(name: str, content: object, problems: list[str]) -> object:
 def _check_order(names: list[str], messages: list[Message], outside: int, problems: list[str]) -> None:
     before: str | None = None
     for i, message in enumerate(messages):
-        if message.role not in _NEXT[before]:
+        again = before == message.role == "assistant" and message.metadata  # a thought, then the call of a tool
+        if message.role not in _NEXT[before] and not again:
             after = f"after {before}" if before else "at the beginning"
             where = names[i - outside] if i >= outside else "system"
             problems.append(f"{where}: {message.role} {after}; expected {' or '.join(_NEXT[before])}")
@@ -215,15 +230,29 @@ def _check_order(names: list[str], messages: list[Message], outside: int, proble
 def _system(row: Row, problems: list[str]) -> list[Message]:
     """The `system` key, with the row's tools written after it, as a message."""
     system = _optional(row, "system", problems) or ""
+    tools = _tools(row, problems)
+    if tools:
+        return [system_turn(system, tools)]
+    return [Message("system", system)] if system.strip() else []
+
+
+def _tools(row: Row, problems: list[str]) -> str:
     tools = row.get("tools")
     if isinstance(tools, list):
         tools = json.dumps(tools, ensure_ascii=False) if tools else ""
     if tools is not None and not isinstance(tools, str):
         problems.append(f"tools: must be text or a list, got {describe(tools)}")
     elif tools and tools.strip() not in ("", "[]"):
-        described = f"You have access to these tools:\n{_check_text('tools', tools, problems)}"
-        system = f"{system}\n\n{described}" if system.strip() else described
-    return [Message("system", system)] if system.strip() else []
+        return _check_text("tools", tools, problems)
+    return ""
+
+
+def _join_tools(row: Row, messages: list[Message], outside: int) -> int:
+    """Put a row's tools into the system turn that its conversation begins with; how many messages stand outside now."""
+    if outside and messages[0].plain == "" and len(messages) > 1 and messages[1].role == "system":
+        messages[:2] = [system_turn(messages[1].content, _tools(row, []))]
+        return 0
+    return outside
 
 
 def _text(row: Row, problems: list[str]) -> Parsed:

@@ -14,7 +14,7 @@ def row_lengths(data: DataConfig, folder: Path) -> Lengths | str:
     """Tokens of every row that would be trained or evaluated on, or why they cannot be known.
 
     Args:
-        folder: the model's; a tokenizer.json is needed, the older tokenizer.model takes transformers to read.
+        folder: the model's; a tokenizer.json or a tokenizer.model is needed (one that is no BPE takes transformers).
 
     Raises:
         DataError: rows that training would refuse.
@@ -26,7 +26,7 @@ def row_lengths(data: DataConfig, folder: Path) -> Lengths | str:
     absent = next((file for file in files if not Path(file).is_file()), None)
     if absent is not None:
         return f"{absent} is not there"
-    if not (folder / "tokenizer.json").is_file():
-        return f"{folder} has no tokenizer.json"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return f"{folder} has no tokenizer"
     dataset = prepare(data, Tokenizer.load(folder))
     return Lengths(tuple(r.num_tokens for r in dataset.train), tuple(r.num_tokens for r in dataset.eval))

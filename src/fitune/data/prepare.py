@@ -119,7 +119,7 @@ def _part(files: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer) -> _Pa
         if isinstance(row, BadRow):
             part.bad.append(row)
         elif example.messages is None:
-            group = windows(row, data.max_length)
+            group = windows(row, data.max_length, tokenizer.opening_ids)
             part.num_split += len(group) > 1
             part.groups.append(group)
         else:
@@ -249,6 +249,7 @@ def _summary(
     return {
         "template": template.name if template is not None else None,
         "template_hash": template.hash if template is not None else None,
+        "template_note": template.note if template is not None else None,
         "formats": {file: name for result in results for file, name in result.formats_by_file.items()},
         "notes": [note for result in results for note in result.notes],
         "extra_keys": dict(sum((Counter(result.extra_keys) for result in results), Counter())),

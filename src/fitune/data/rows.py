@@ -101,17 +101,22 @@ def _encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[Encoded]:
     return [Encoded(ids, b"\1" * len(ids)) for ids in rows]
 
 
-def windows(row: Row, max_length: int) -> list[Row]:
+def windows(row: Row, max_length: int, opening: Sequence[int] = ()) -> list[Row]:
     """Cut a raw text into consecutive rows of at most max_length tokens, each token once.
 
     A last window of one token would teach nothing, so the one before it gives it another.
+
+    Args:
+        opening: ids that every row needs in front; `row` has them.
     """
-    bounds = [*range(0, row.num_tokens, max_length), row.num_tokens]
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+    bounds = [0, *range(max_length, row.num_tokens, max(1, max_length - len(opening))), row.num_tokens]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] == 1 and not opening:
         bounds[-2] -= 1
-    return [
-        Row(row.input_ids[start:end], b"\0" + row.learn[start + 1 : end], row.source) for start, end in pairwise(bounds)
-    ]
+    rows = [Row(row.input_ids[: bounds[1]], b"\0" + row.learn[1 : bounds[1]], row.source)]
+    for start, end in pairwise(bounds[1:]):
+        ids, learn = array("i", opening) + row.input_ids[start:end], bytes(len(opening)) + row.learn[start:end]
+        rows.append(Row(ids, b"\0" + learn[1:], row.source))
+    return rows
 
 
 def fit(row: Row, max_length: int) -> Row | LongRow:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from fitune.data.chatglm import TEMPLATE_NOTE, is_wrong_template, layout_of
 from fitune.data.example import Message
-from fitune.data.layouts import LAYOUTS, Layout
+from fitune.data.layouts import LAYOUTS, Layout, write_first
 from fitune.data.render import Renderer
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError, DataError
@@ -24,6 +25,8 @@ from fitune.errors import ConfigError, DataError
 _PRIVATE = range(0xE000, 0xF900)
 
 ROLES = ("system", "user", "assistant", "tool")
+# What a turn may have beside its role and content, see `Message`.
+_EXTRAS = ("instruction", "input", "metadata", "plain", "tools_json")
 
 
 class Encoded(NamedTuple):
@@ -45,12 +48,13 @@ class Template:
     """A conversation layout bound to a tokenizer.
 
     Attributes:
-        name: model, tutorial, alpaca, chatml or llama3.
+        name: model, or a key of LAYOUTS.
         source: the jinja text, complete with what comes before the first turn.
         hash: sha256 of the source.
+        note: which template of the model is not used, and why; for people.
     """
 
-    def __init__(self, name: str, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer, note: str | None = None) -> None:
         if tokenizer.eos_id is None:
             raise ConfigError(
                 f"{tokenizer.folder}: the tokenizer has no end-of-sequence token, so answers would never end; "
@@ -59,9 +63,14 @@ class Template:
         self.name = name
         self.source = source
         self.hash = hashlib.sha256(source.encode()).hexdigest()
+        self.note = note
         self._tokenizer = tokenizer
         self._eos_id = tokenizer.eos_id
-        self._stop_ids = frozenset(tokenizer.stop_ids)
+        self._end_ids = frozenset({*tokenizer.stop_ids, tokenizer.next_id} - {None})
+        # An exported or converted folder carries a layout of ours as its own template.
+        self._last_answer_only = any(
+            layout.last_answer_only and source.strip().endswith(layout.source.strip()) for layout in LAYOUTS.values()
+        )
         self._renderer = Renderer(name, source, tokenizer.named_tokens)
 
     def chat_template(self, tokenizer: Tokenizer | None = None) -> str:
@@ -81,7 +90,7 @@ class Template:
         turns, hidden = self._turns(messages)
         text = self._renderer.render(turns, True)
         cuts = []
-        for i in _answers(messages):
+        for i in [] if self._last_answer_only else _answers(messages):
             prompt = self._renderer.render(turns[:i], True)
             # A template may show the past differently (Qwen3 drops old thoughts); then this answer is not cut off.
             if text.startswith(prompt):
@@ -93,6 +102,29 @@ class Template:
             for i, part in enumerate(self._tokenizer.split(text[start:end]))
         ]
         return self._encode([_restore(pieces, hidden)])[0].ids
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """What generated ids say: no special tokens, and not the white space with which the layout begins an answer.
+
+        Several turns of the model's own in a row (a thought, then a call) are lines.
+        """
+        ends = [i for i, token in enumerate(ids) if token == self._tokenizer.next_id]
+        turns = [self._tokenizer.decode(ids[start + 1 : end]) for start, end in pairwise([-1, *ends, len(ids)])]
+        text = "\n".join(_without_lead(turn, self._lead) for turn in turns)
+        if self._tokenizer.blank:  # as ChatGLM-6B's own code
+            text = text.strip().replace("[[训练时间]]", "2023年")
+        return text
+
+    @cached_property
+    def _lead(self) -> str:
+        """White space that the layout writes between a prompt and the content of its answer."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": chr(_PRIVATE[0])}]
+        try:
+            prompt, whole = self._renderer.render(turns[:1], True), self._renderer.render(turns, False)
+        except DataError:
+            return ""
+        lead = whole.removeprefix(prompt).partition(chr(_PRIVATE[0]))[0]
+        return lead if whole.startswith(prompt) and lead.isspace() else ""
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Ids of a whole conversation, and which of them are learnt.
@@ -133,7 +165,13 @@ class Template:
         for message in messages:
             if message.role not in ROLES:
                 raise DataError(f"unknown role '{message.role}'; allowed are {', '.join(ROLES)}")
-        texts = [text for m in messages for text in (m.content, m.instruction, m.input) if text]
+            if message.metadata and "metadata" not in self.source:
+                raise DataError(
+                    f"template {self.name} has no place for metadata '{message.metadata:.60}'; leave it out, or use "
+                    "data.template=chatglm3"
+                )
+        extras = [{key: text for key in _EXTRAS if (text := getattr(m, key)) is not None} for m in messages]
+        texts = [text for m, extra in zip(messages, extras, strict=True) for text in (m.content, *extra.values())]
         joined = "\n".join(texts)
         if not joined.isascii() and any("\ud800" <= character <= "\udfff" for character in joined):
             raise DataError("a message has an unpaired surrogate, which is no character")
@@ -146,19 +184,16 @@ class Template:
         def hide(text: str) -> str:
             return self._tokenizer.hide_special(text, shown) if shown else text
 
-        turns = []
-        for message in messages:
-            turn = {"role": message.role, "content": hide(message.content)}
-            if message.instruction is not None:
-                turn["instruction"] = hide(message.instruction)
-                turn["input"] = hide(message.input or "")
-            turns.append(turn)
+        turns = [
+            {"role": message.role, "content": hide(message.content), **{key: hide(text) for key, text in extra.items()}}
+            for message, extra in zip(messages, extras, strict=True)
+        ]
         return turns, {ord(character): token for token, character in shown.items()}
 
     def _lay_out(self, messages: Sequence[Message]) -> list[_Piece]:
         turns, hidden = self._turns(messages)
         full = self._renderer.render(turns, False)
-        answers = _answers(messages)
+        answers = _answers(messages)[-1 if self._last_answer_only else 0 :]
         starts: list[int] = []
         for number, i in enumerate(answers, 1):
             prompt = self._renderer.render(turns[:i], True)
@@ -170,15 +205,32 @@ class Template:
             starts.append(len(prompt))
         head = full[: starts[0]] if starts else full
         pieces = [_Piece(part, False, i == 0) for i, part in enumerate(self._tokenizer.split(head))]
+        self._check_blank(pieces)
         for number, start in enumerate(starts):
             last = number == len(starts) - 1
             text = full[start:] if last else full[start : starts[number + 1]]
             parts = self._tokenizer.split(text)
             end = self._first_special(parts)
-            if end is None or parts[end] not in self._stop_ids:
+            if end is None or parts[end] not in self._end_ids:
                 parts, end = self._bounded(turns[: answers[number] + 1], full, (start, start + len(text)), last)
             pieces += [_Piece(part, i <= end, False) for i, part in enumerate(parts)]
         return _restore(pieces, hidden)
+
+    def _check_blank(self, pieces: list[_Piece]) -> None:
+        """ChatGLM-6B: what stands before sop is seen as a whole. Where sop ends the prompt, the blank's token gives it.
+
+        So it is learnt, as in the published recipe, and what was trained is asked for with sop in the prompt.
+        """
+        blank = self._tokenizer.blank
+        if blank is None:
+            return
+        if all(piece.part != blank.sop for piece in pieces):
+            raise DataError(
+                f"template {self.name}: writes no <sop> before the answer, so ChatGLM-6B would see the answer while it "
+                "learns it; use data.template=chatglm"
+            )
+        if len(pieces) > 1 and pieces[-1].part == blank.sop:
+            pieces[-1] = pieces[-1]._replace(learn=True)
 
     def _first_special(self, parts: Sequence[str | int]) -> int | None:
         return next((i for i, part in enumerate(parts) if isinstance(part, int)), None)
@@ -202,10 +254,10 @@ class Template:
             until = len(whole)
         answer = self._tokenizer.split(full[start:until])
         rest = self._tokenizer.split(full[until:end])
-        stop = next((i for i, part in enumerate(answer) if part in self._stop_ids), None)
+        stop = next((i for i, part in enumerate(answer) if part in self._end_ids), None)
         if stop is not None:
             return answer + rest, stop
-        if rest and rest[0] in self._stop_ids:
+        if rest and rest[0] in self._end_ids:
             return answer + rest, len(answer)
         if last:
             return [*answer, self._eos_id], len(answer)
@@ -228,19 +280,20 @@ def resolve_template(name: str, tokenizer: Tokenizer) -> Template:
     """Make the template of that name for a tokenizer.
 
     Args:
-        name: `model` (the tokenizer's own), a key of LAYOUTS, or `auto`: the model's own if there is one, else
-            tutorial.
+        name: `model` (the tokenizer's own), a key of LAYOUTS, or `auto`: the model's own if there is one, else that of
+            ChatGLM for its tokenizers, else tutorial.
     Raises:
         ConfigError: unknown name, no template in the model, special tokens missing, or no end-of-sequence token.
     """
+    note = None
     if name == "auto":
-        name = "model" if tokenizer.chat_template else "tutorial"
+        name, note = _automatic(tokenizer)
     if name == "model":
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"data.template is model, but {tokenizer.folder} has no chat template; use {_listed(LAYOUTS)}"
             )
-        return Template(name, tokenizer.chat_template, tokenizer)
+        return Template(name, tokenizer.chat_template, tokenizer, tokenizer.note)
     if name not in LAYOUTS:
         allowed = ["auto", "model", *LAYOUTS]
         near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.7)
@@ -253,23 +306,45 @@ def resolve_template(name: str, tokenizer: Tokenizer) -> Template:
             f"data.template {name} needs the special token{'s' * (len(missing) > 1)} {_listed(missing, 'and')}, which "
             f"the tokenizer of {tokenizer.folder} does not have; use tutorial or alpaca"
         )
-    return Template(name, _prefix(layout, tokenizer) + layout.source, tokenizer)
+    return Template(name, _prefix(layout, tokenizer) + layout.source, tokenizer, note)
+
+
+def _automatic(tokenizer: Tokenizer) -> tuple[str, str | None]:
+    """The name that `auto` stands for, and what to say about it."""
+    chatglm = layout_of(tokenizer.special_tokens)
+    own = tokenizer.chat_template
+    if own and not (chatglm and is_wrong_template(own)):
+        return "model", None
+    return chatglm or "tutorial", TEMPLATE_NOTE if own else None
 
 
 def _prefix(layout: Layout, tokenizer: Tokenizer) -> str:
-    """Jinja that writes what the tokenizer puts before a text, unless the layout does so itself."""
-    if layout.writes_bos or not tokenizer.prefix_ids:
+    """Jinja that writes what stands before the first turn, unless the layout does so itself."""
+    ids = tokenizer.prefix_ids
+    if layout.first:
+        start = tokenizer.special_tokens[layout.first]
+        ids = (start, start + 2)
+    if layout.writes_bos or not ids:
         return ""
-    if tokenizer.prefix_ids == (tokenizer.bos_id,):
+    if ids == (tokenizer.bos_id,):
         return "{{- bos_token -}}"
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
-    if not texts.keys() >= set(tokenizer.prefix_ids):
-        raise ConfigError(f"{tokenizer.folder}: puts ids {tokenizer.prefix_ids} first, which are no special tokens")
-    return "{{- " + json.dumps("".join(texts[i] for i in tokenizer.prefix_ids)) + " -}}"
+    if not texts.keys() >= set(ids):
+        raise ConfigError(f"{tokenizer.folder}: ids {ids} should stand first, but they are not all special tokens")
+    return write_first([texts[i] for i in ids])
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message.role == "assistant"]
+
+
+def _without_lead(text: str, lead: str) -> str:
+    """A text without as much of `lead` as it begins with: while an answer is written, that may be a part."""
+    for character in lead:
+        if not text.startswith(character):
+            break
+        text = text[1:]
+    return text
 
 
 def _restore(pieces: list[_Piece], hidden: dict[int, str]) -> list[_Piece]:

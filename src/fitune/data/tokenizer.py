@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tokenizers
 
+from fitune.data.ice_text import UNSETTLED, IceText
 from fitune.data.tokenizer_files import TokenizerFiles
 
 # Tokens with which models end a turn or a text; those that exist as special tokens stop generation.
@@ -29,8 +30,10 @@ END_TOKENS = (
     "</s>",
     "<eos>",
 )
-# GLM ends its turn by beginning the next one; only a tokenizer with [gMASK] means it that way.
+# GLM ends its turn by beginning the next one; only a tokenizer with [gMASK] means it that way. After one of its turns
+# may come another one of its own (a thought, then a call): that ends the first, but not the answer.
 GLM_END_TOKENS = ("<|user|>", "<|observation|>")
+GLM_NEXT_TOKEN = "<|assistant|>"
 
 
 class Tokenizer:
@@ -41,15 +44,21 @@ class Tokenizer:
         vocab_size: ids, added tokens included; the highest id plus one.
         bos_id, eos_id, pad_id, unk_id: None when the tokenizer has none.
         stop_ids: ids that end an answer: eos, those of generation_config.json, and END_TOKENS.
+        next_id: the id with which the model itself goes on to another turn of its own, or None.
         special_tokens: text -> id of every special token.
         named_tokens: bos_token, eos_token, ... -> text, as chat templates get them.
         prefix_ids: what the tokenizer itself puts before every text, such as Llama's bos.
+        blank: the ids that mark a blank to fill in, for ChatGLM-6B, whose rows all need one; else None.
+        opening_ids: what stands before every piece of a text that is cut in rows.
+        unsettled: endings of a decoded text that may change once more ids follow.
         chat_template: the model's own, or None.
+        note: what of the folder is not used, for people, or None.
         hash: sha256 over the files read.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
         self.folder: Path = files.folder
+        self.note = files.note
         self.hash = files.hash()
         self.chat_template = files.chat_template()
         self._backend = files.backend()
@@ -65,7 +74,11 @@ class Tokenizer:
             self._id(self.named_tokens.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
         self.stop_ids = self._find_stop_ids(files)
+        self.next_id = self.special_tokens.get(GLM_NEXT_TOKEN) if "[gMASK]" in self.special_tokens else None
         self.prefix_ids = self._find_prefix(files)
+        self.blank = self._backend.blank if isinstance(self._backend, IceText) else None
+        self.opening_ids = self.prefix_ids if self.blank else ()
+        self.unsettled = ("\ufffd", *UNSETTLED) if self.blank else ("\ufffd",)
         self._special = _split_pattern(token for token in decoder.values() if token.special)
 
     @classmethod
@@ -93,6 +106,22 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; special tokens are left out unless asked for."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def spell(self, token: int) -> str:
+        """How the vocabulary writes one id; byte-level ones as text, if they are whole characters."""
+        if "ByteLevel(" in str(self._backend.pre_tokenizer):
+            text = self._backend.decode([token], skip_special_tokens=False)
+            if "\ufffd" not in text:
+                return text
+        return self._backend.id_to_token(token) or ""
+
+    def save(self, target: Path) -> None:
+        """Write this tokenizer's files into another model folder.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        TokenizerFiles.read(self.folder).save(target)
 
     def split(self, text: str) -> list[str | int]:
         """Cut a rendered template into plain texts and the ids of its special tokens; for trusted text only."""
@@ -142,7 +171,8 @@ class Tokenizer:
 
     def _find_stop_ids(self, files: TokenizerFiles) -> tuple[int, ...]:
         known = [self.eos_id, *_ids(files.json("generation_config.json").get("eos_token_id"))]
-        known += [self.special_tokens.get(text) for text in END_TOKENS]
+        if self.named_tokens.get("eos_token") != "<eop>":  # ChatGLM-6B: </s> is for texts, answers end with <eop>
+            known += [self.special_tokens.get(text) for text in END_TOKENS]
         if "[gMASK]" in self.special_tokens:
             known += [self.special_tokens.get(text) for text in GLM_END_TOKENS]
         return tuple(dict.fromkeys(i for i in known if i is not None))
@@ -176,9 +206,9 @@ def _split_pattern(tokens: Iterable[tokenizers.AddedToken]) -> re.Pattern[str] |
     return re.compile(f"{before}({every}){after}")
 
 
-def _without_first_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _without_first_space(backend: tokenizers.Tokenizer | IceText) -> tokenizers.Tokenizer | IceText:
     """The tokenizer for text that does not begin a sequence; the same object unless its pre-tokenizer cares."""
-    if "prepend_scheme=first" not in str(backend.pre_tokenizer):
+    if isinstance(backend, IceText) or "prepend_scheme=first" not in str(backend.pre_tokenizer):
         return backend
     description = json.loads(backend.to_str())
     outer = description["pre_tokenizer"]

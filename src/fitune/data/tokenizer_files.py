@@ -9,32 +9,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
+from fitune.data import chatglm, ice_text
+from fitune.data.sentencepiece_model import read_model, tokenizer_json
 from fitune.errors import ConfigError, MissingDependencyError
+from fitune.plan.chatglm import Blank, is_original, is_version_1
 
 MODEL_FILES = ("generation_config.json", "config.json")
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    ice_text.FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     *MODEL_FILES,
 )
+# Of slower tokenizers; nothing here reads them, other programs may.
+OTHER_FILES = ("added_tokens.json", "vocab.json", "merges.txt")
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What a folder says about its tokenizer, nothing interpreted yet."""
+    """What a folder says about its tokenizer, nothing interpreted yet.
+
+    Attributes:
+        contents: file name -> bytes; of an original ChatGLM2 or 3 folder those that it is converted to.
+        note: what of the folder is not used, for people.
+    """
 
     folder: Path
     contents: Mapping[str, bytes]
+    note: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
@@ -49,9 +62,31 @@ class TokenizerFiles:
             contents = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
-        if "tokenizer.json" not in contents and "tokenizer.model" not in contents:
+        found = cls(folder, contents)
+        config = found.json("config.json")
+        if is_original(config) and not is_version_1(config):
+            return found._converted()
+        if is_original(config) and ice_text.FILE not in contents:  # transformers would ask whether to run code
+            raise ConfigError(
+                f"{folder}: has no {ice_text.FILE}, with which ChatGLM-6B is published; download it again"
+            )
+        if not contents.keys() & {"tokenizer.json", "tokenizer.model", ice_text.FILE}:
             raise ConfigError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model)")
-        return cls(folder, contents)
+        return found
+
+    def _converted(self) -> TokenizerFiles:
+        config, published = self.json("config.json"), self.json("tokenizer_config.json")
+        contents = chatglm.converted_files(self.folder, config, published, self.contents.get("tokenizer.model"))
+        return TokenizerFiles(self.folder, contents, chatglm.TEMPLATE_NOTE if published.get("chat_template") else None)
+
+    def save(self, target: Path) -> None:
+        """Write what makes up the tokenizer into another model folder; the model's own configuration stays out."""
+        for name, content in self.contents.items():
+            if name not in MODEL_FILES:
+                (target / name).write_bytes(content)
+        for name in OTHER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, target / name)
 
     def json(self, name: str) -> dict[str, object]:
         """One file as an object; empty if it is not there."""
@@ -99,16 +134,36 @@ class TokenizerFiles:
             value = named.get("default")
         return value if isinstance(value, str) and value else None
 
-    def backend(self) -> tokenizers.Tokenizer:
+    def backend(self) -> tokenizers.Tokenizer | ice_text.IceText:
         """The tokenizer itself, with the tokens that tokenizer_config.json adds; no padding, no truncation."""
+        if ice_text.FILE in self.contents:
+            return self._ice_text()
         if "tokenizer.json" in self.contents:
             backend = _parse(self.contents["tokenizer.json"], self.folder / "tokenizer.json")
         else:
-            backend = _parse(_convert(self.folder), self.folder / "tokenizer.model")
+            backend = _parse(self._from_sentencepiece(), self.folder / "tokenizer.model")
         backend.no_truncation()
         backend.no_padding()
         self._add_tokens(backend)
         return backend
+
+    def _ice_text(self) -> ice_text.IceText:
+        images = self.json("tokenizer_config.json").get("num_image_tokens", 0)
+        if type(images) is not int or not 0 <= images <= 1_000_000:
+            raise ConfigError(f"{self.folder / 'tokenizer_config.json'}: num_image_tokens is {images!r:.60}")
+        backend = ice_text.IceText(self.contents[ice_text.FILE], images, str(self.folder / ice_text.FILE))
+        config = self.json("config.json")
+        if config and Blank.of(config) != backend.blank:
+            raise ConfigError(
+                f"{self.folder}: the tokenizer marks a blank by {tuple(backend.blank)}, config.json by "
+                f"{tuple(Blank.of(config))}; they do not belong together (num_image_tokens in tokenizer_config.json is "
+                f"{images})"
+            )
+        return backend
+
+    def _from_sentencepiece(self) -> bytes:
+        model = read_model(self.contents["tokenizer.model"], str(self.folder / "tokenizer.model"))
+        return tokenizer_json(model, {}) if model.unsupported is None else _convert(self.folder)
 
     def _add_tokens(self, backend: tokenizers.Tokenizer) -> None:
         config = self.json("tokenizer_config.json")

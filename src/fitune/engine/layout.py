@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fitune.data.batches import IGNORE, Batch
-from fitune.model.prefix_lm import Blank, find_places
+from fitune.model.prefix_lm import find_places
+from fitune.plan.chatglm import Blank
 
 cuda: Any = torch.cuda  # only partly typed
 Rows = dict[str, torch.Tensor]
@@ -58,7 +59,8 @@ def flatten(batch: Batch, blank: Blank | None = None, virtual: int = 0) -> tuple
     if blank is not None:
         places = find_places(ids[None], blank, None, positions[None])
         rows["positions"], rows["positions2"] = places.rows_B2S[0]
-        prefixes = torch.stack([part.sum() for part in torch.split(places.context_BS[0], lengths.tolist())])
+        document = torch.arange(len(starts)).repeat_interleave(lengths)
+        prefixes = torch.bincount(document[places.context_BS[0]], minlength=len(starts))
         rows["until"] = (starts + prefixes).repeat_interleave(lengths)
     if virtual:
         rows["first"] = starts

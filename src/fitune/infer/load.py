@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from fitune.config import RunConfig
 from fitune.config import load as load_config
-from fitune.data.sources import Message
+from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
@@ -29,7 +29,7 @@ from fitune.methods.base import CONFIG
 from fitune.model.adapter import check_base
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
-from fitune.model.quantize import QUANTIZATIONS
+from fitune.model.quantize import QUANTIZATIONS, dequantize_blocks, use_int8
 
 Conversation = str | Sequence[Mapping[str, str]]
 DEVICES = ("auto", "cpu", "cuda")
@@ -63,7 +63,8 @@ class Loaded:
         """Answer one prompt.
 
         Args:
-            prompt: what the user says, or messages as {"role": ..., "content": ...}.
+            prompt: what the user says, or messages as {"role": ..., "content": ...}; a system turn may have `tools`
+                (JSON), an assistant turn of ChatGLM3 `metadata`, the name of the tool it calls.
             raw: continue the prompt as text, without a template; None: as the run was trained.
             sampling: fields of `fitune.infer.sampling.Sampling`; greedy by default.
 
@@ -78,32 +79,26 @@ class Loaded:
         settings = Sampling.of(sampling)
         ids = [self.prompt_ids(prompt, raw=raw) for prompt in prompts]
         answers = generate(self.model, ids, self.tokenizer.stop_ids, settings)
-        return [self.tokenizer.decode(answer.ids) for answer in answers]
+        said = self._reads(raw)
+        return [said(answer.ids) for answer in answers]
 
     def stream(self, prompt: Conversation, *, raw: bool | None = None, **sampling: Any) -> Generator[str, None, None]:
         """Yield the answer in pieces as it is written; closing the iterator ends the generation."""
         settings = Sampling.of(sampling)
         ids = self.prompt_ids(prompt, raw=raw)
-        return self._pieces(stream(self.model, ids, self.tokenizer.stop_ids, settings))
+        tokens = stream(self.model, ids, self.tokenizer.stop_ids, settings)
+        return _pieces(tokens, self._reads(raw), self.tokenizer.unsettled)
 
-    def _pieces(self, tokens: Generator[int, None, None]) -> Generator[str, None, None]:
-        ids: list[int] = []
-        text = shown = ""
-        with contextlib.closing(tokens):
-            for token in tokens:
-                ids.append(token)
-                # All of it: what a token means may depend on those before it (a space in front, bytes of a character).
-                text = self.tokenizer.decode(ids)
-                # A character of several byte tokens decodes to U+FFFD until its last byte is there.
-                if len(text) > len(shown) and not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
-        if len(text) > len(shown):
-            yield text[len(shown) :]
+    def _reads(self, raw: bool | None) -> Callable[[Sequence[int]], str]:
+        """What turns generated ids into text: a raw text has no layout around it."""
+        return self.tokenizer.decode if self._is_raw(raw) else self.template.answer_text
+
+    def _is_raw(self, raw: bool | None) -> bool:
+        return self.raw if raw is None else raw
 
     def prompt_ids(self, prompt: Conversation, *, raw: bool | None = None) -> list[int]:
         """Token ids of a conversation, or of a raw text, up to where the answer starts."""
-        if self.raw if raw is None else raw:
+        if self._is_raw(raw):
             return self._text_ids(prompt)
         return self.template.prompt_ids(_messages(prompt))
 
@@ -119,6 +114,25 @@ class Loaded:
         return ids
 
 
+def _pieces(
+    tokens: Generator[int, None, None], said: Callable[[Sequence[int]], str], unsettled: tuple[str, ...]
+) -> Generator[str, None, None]:
+    """Text as its tokens come in, but not its end while that may change: see `Tokenizer.unsettled`."""
+    ids: list[int] = []
+    text = shown = ""
+    with contextlib.closing(tokens):
+        for token in tokens:
+            ids.append(token)
+            # All of it: what a token means may depend on those before it (a space in front, bytes of a character).
+            text = said(ids)
+            # A character of several byte tokens decodes to U+FFFD until its last byte is there.
+            if len(text) > len(shown) and not text.endswith(unsettled):
+                yield text[len(shown) :]
+                shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
 def _messages(prompt: Conversation) -> list[Message]:
     if isinstance(prompt, str):
         return [Message(role="user", content=prompt)]
@@ -130,7 +144,16 @@ def _messages(prompt: Conversation) -> list[Message]:
         for key in ("role", "content"):
             if not isinstance(turn.get(key), str):
                 raise ConfigError(f"message {number}: `{key}` is {turn.get(key)!r:.80}; it must be a string")
-    return [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
+        for key in ("metadata", "tools"):
+            if not isinstance(turn.get(key, ""), str):
+                raise ConfigError(f"message {number}: `{key}` is {turn[key]!r:.80}; it must be a string (tools: JSON)")
+    return [_message(turn) for turn in prompt]
+
+
+def _message(turn: Mapping[str, str]) -> Message:
+    if turn["role"] == "system" and turn.get("tools"):
+        return system_turn(turn["content"], turn["tools"])
+    return Message(turn["role"], turn["content"], metadata=turn.get("metadata") or None)
 
 
 def load(
@@ -141,8 +164,8 @@ def load(
     Args:
         device: auto, cpu or cuda.
         dtype: fp32, fp16 or bf16; None: as trained, or the default of the device.
-        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or none. Weights are
-            quantized from `dtype`.
+        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or as in the folder.
+            Weights are quantized from `dtype`, those that bitsandbytes quantized expanded to it for `none`.
 
     Raises:
         ConfigError: nothing usable at `path`, a run without a result, or an unknown device, dtype or quantization.
@@ -161,31 +184,67 @@ def load(
         raise _is_adapter(run)
     where = pick_device(device)
     folder = resolve_folder(str(path))
-    base = load_base(folder, pick_dtype(dtype, where), where, quantization or "none")
+    base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")
     tokenizer = Tokenizer.load(folder)
     return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
 
 
-def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
+@dataclass(frozen=True)
+class RunParts:
+    """What a finished run consists of, known before any weight is read.
+
+    Attributes:
+        result: the folder of its adapter or model.
+        folder: of the base model; after full fine-tuning `result`, which stands alone.
+    """
+
+    config: RunConfig
+    method: Method
+    result: Path
+    folder: Path
+    tokenizer: Tokenizer
+    template: Template
+
+
+def run_parts(run: Path) -> RunParts:
+    """Find the parts of a run.
+
+    Raises:
+        ConfigError: it has no result yet, or its base model is gone.
+    """
     config = load_config(run / "config.yaml")
     method = METHODS[config.method.name]
     result = run / method.folder
     if not result.is_dir():
         raise ConfigError(f"{run} has no result yet ({method.folder}/ is missing); finish it: fitune resume {run}")
-    where = pick_device(device)
-    wanted = pick_dtype(dtype or config.model.dtype, where)
-    # The result of full fine-tuning stands alone: the base may be gone.
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
     tokenizer = Tokenizer.load(folder)
-    template = resolve_template(config.data.template, tokenizer)
-    base = load_base(folder, wanted, where, quantization or config.model.quantization)
+    return RunParts(config, method, result, folder, tokenizer, resolve_template(config.data.template, tokenizer))
+
+
+def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
+    parts = run_parts(run)
+    config, method, result = parts.config, parts.method, parts.result
+    where = pick_device(device)
+    base = _open(
+        parts.folder, pick_dtype(dtype or config.model.dtype, where), where, quantization, config.model.quantization
+    )
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     model = base.model
     if method.folder != "model":
         check_base(result, base.folder, base.fingerprint, must_say=True)
         model = method.open(base, result)
         model.requires_grad_(False)
         model.eval()
-    return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
+    raw = _learnt_raw_text(run)
+    return Loaded(model, parts.tokenizer, parts.template, where, base, config, method, raw)
+
+
+def _open(folder: Path, dtype: str, where: torch.device, wanted: str | None, usual: str) -> Base:
+    base = load_base(folder, dtype, where, wanted or usual)
+    if wanted == "none":  # weights that bitsandbytes stored are expanded
+        dequantize_blocks(base.model)
+    return base
 
 
 def _learnt_raw_text(run: Path) -> bool:

@@ -23,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fitune.errors import ConfigError
-from fitune.model.prefix_lm import Blank, Places, find_places, prefix_bias, rotary_tables, rotate
+from fitune.model.prefix_lm import Places, find_places, prefix_bias, rotary_tables, rotate
+from fitune.plan.chatglm import BLANK_IDS, Blank, check_version_1
 
 # sqrt(2 * 28) in every published model, however many layers it has: the original never passes its number of layers on.
 ALPHA = math.sqrt(2 * 28)
@@ -47,11 +48,11 @@ class ChatGLMConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is 
     layernorm_epsilon: float = 1e-5
     max_sequence_length: int = 2048
     position_encoding_2d: bool = True
-    bos_token_id: int = 130004
+    bos_token_id: int = BLANK_IDS["bos_token_id"]
+    gmask_token_id: int = BLANK_IDS["gmask_token_id"]
+    mask_token_id: int = BLANK_IDS["mask_token_id"]
     eos_token_id: int = 130005
     pad_token_id: int = 3
-    mask_token_id: int = 130000
-    gmask_token_id: int = 130001
     use_cache: bool = True
     tie_word_embeddings: bool = True  # what transformers took for granted when the model was published
 
@@ -60,35 +61,13 @@ def read_config(raw: Mapping[str, Any]) -> ChatGLMConfig:
     """The configuration out of config.json.
 
     Raises:
-        ConfigError: a variant whose maths or files are not those of ChatGLM-6B, or sizes that cannot be.
+        ConfigError: a variant whose maths or files are not those of ChatGLM-6B, or a value of the wrong kind.
     """
-    for key in ("quantization_bit", "pre_seq_len"):
-        if raw.get(key):
-            raise ConfigError(f"config.json: `{key}` is {raw[key]!r:.60}; give the plain 16-bit model without it")
-    if raw.get("position_encoding_2d", True) is not True:
-        raise ConfigError("config.json: `position_encoding_2d` is not true; only ChatGLM-6B models with it are known")
+    check_version_1(raw)
     try:
-        config = ChatGLMConfig(**raw)
-    except (TypeError, ValueError) as error:  # transformers checks the types of its own keys
-        raise ConfigError(f"config.json: {str(error).strip().splitlines()[0]:.200}") from error
-    for key in ChatGLMConfig.__annotations__:
-        default, value = getattr(ChatGLMConfig, key), getattr(config, key)
-        least = 0 if key.endswith("_token_id") else 1e-12
-        if type(default) in (int, float) and (type(value) is not type(default) or value < least):
-            raise ConfigError(f"config.json: `{key}` is {value!r:.60}; a number like {default} is needed")
-    head_dim, rest = divmod(config.hidden_size, config.num_attention_heads)
-    if rest or head_dim % 4:
-        raise ConfigError(
-            f"config.json: hidden_size {config.hidden_size} makes no {config.num_attention_heads} heads of a width "
-            "divisible by 4, which two rotated halves need"
-        )
-    special = (config.bos_token_id, config.gmask_token_id, config.mask_token_id)
-    if max(special) >= config.vocab_size or len(set(special)) < len(special):
-        raise ConfigError(
-            f"config.json: bos_token_id, gmask_token_id and mask_token_id are {special}; three different ids below "
-            f"vocab_size ({config.vocab_size}) are needed"
-        )
-    return config
+        return ChatGLMConfig(**raw)
+    except (TypeError, ValueError, AttributeError) as error:  # transformers checks the types of the keys
+        raise ConfigError(f"config.json: {' '.join(str(error).split()):.300}") from error
 
 
 class _Attention(nn.Module):
@@ -189,6 +168,7 @@ class ChatGLMModel(_PreTrained):
 class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ignore[misc]
     """The model with its head; config.json records its name, which is the original's."""
 
+    reads_token_ids = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -256,8 +236,10 @@ class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ig
             raise ValueError("ChatGLM-6B: a cached step needs token_ids, all ids so far; `generate` gives them")
         return input_ids
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """transformers' own, which cuts `input_ids` to the new ones, with all of them as `token_ids`."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # ours come from the tokens
         return inputs | {"token_ids": input_ids}

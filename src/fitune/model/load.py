@@ -12,20 +12,31 @@ import errno
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fitune.errors import ConfigError
+from fitune.model.chatglm import glm_weights
 from fitune.model.folder import ModelFolder, inspect_folder
 from fitune.model.host_embedding import HostEmbedding
 from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.model.standins import load_stored
+from fitune.model.weights import WeightFiles
+from fitune.plan.arch import read_arch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Written by `fitune convert`: "fingerprint" of the weights beside it, and "source_fingerprint" of those it read.
+CONVERTED = "fitune.json"
 
 _NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "not enough memory", "bad_alloc")
 
@@ -37,7 +48,7 @@ class Base:
     Attributes:
         model: frozen, in eval mode.
         folder: where it was read from.
-        model_type: config.json's `model_type`.
+        model_type: config.json's `model_type`; `glm` for original ChatGLM2 and 3 folders.
         vocab_size: rows of the embedding.
         fingerprint: identifies the weights; adapters record it.
     """
@@ -74,7 +85,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Args:
         folder: a local model folder (see `model.folder.resolve_folder`).
         dtype: storage and compute dtype, a key of `DTYPES`.
-        quantization: "none", or how the linear layers of the blocks are stored, see `model.quantize`.
+        quantization: how the linear layers of the blocks are stored, see `model.quantize`; "none": as in the folder.
 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
@@ -82,26 +93,59 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized: on the device the result and at most
         100 MB; on the host pages of the weight files, or, if `dtype` is not the files', a copy of the model.
     """
+    raw = inspect_folder(folder)
+    if raw.quantization != "none" and quantization not in ("none", raw.quantization):
+        raise ConfigError(f"{folder} holds weights in {raw.quantization}, which cannot become {quantization}")
+    model_class, options = class_and_options(folder, raw, dtype)
+    if quantization == raw.quantization == "none":
+        options["device_map"] = {"": device}
+    model: Any  # a transformers model
+    with reading(folder):
+        if raw.quantization != "none":
+            model, report = load_stored(model_class, options, folder, open_weights(folder, raw), device)
+        elif raw.weights_format == "safetensors" and raw.original is None:
+            options |= {"use_safetensors": True, "local_files_only": True}
+            model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
+        else:
+            state = _read_weights(folder, raw)
+            model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
+            del state
+    check_report(folder, model, report)
+    if quantization != "none" and raw.quantization == "none":
+        quantize_blocks(model, quantization, device)
+    model = model.to(device)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model.eval()
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Base(model, folder, raw.model_type, rows, identity(folder, raw.weight_files))
+
+
+def class_and_options(folder: Path, raw: ModelFolder, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a folder's model, and arguments of its `from_pretrained`: configuration, dtype, attention.
+
+    Raises:
+        ConfigError: there is no causal language model of this `model_type`.
+    """
     import transformers
 
-    raw = inspect_folder(folder)
     # Progress bars and load reports of the library would tear through our own display; our errors say more.
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     config, model_class = _architecture(folder, raw)
+    if raw.quantization != "none":
+        del config.quantization_config  # or transformers would want bitsandbytes
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
     options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
+    return model_class, options
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Errors of the libraries that read weight files, in our words."""
     try:
-        if raw.weights_format == "safetensors":
-            options |= {"use_safetensors": True, "local_files_only": True}
-            if quantization == "none":
-                options["device_map"] = {"": device}
-            model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
-        else:
-            state = _read_bin(folder, raw.weight_files)
-            model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
-            del state
+        yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -110,21 +154,25 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     except SafetensorError as error:
         _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
-    _check_report(folder, model, report)
-    if quantization != "none":
-        quantize_blocks(model, quantization, device)
-    model = model.to(device)
-    model.config.use_cache = False
-    model.requires_grad_(False)
-    model.eval()
-    rows = model.get_input_embeddings().weight.shape[0]
-    return Base(model, folder, raw.model_type, rows, fingerprint(folder, raw.weight_files))
+
+
+def open_weights(folder: Path, raw: ModelFolder) -> WeightFiles:
+    """The weights of a folder by transformers' names, to be read one by one."""
+    return WeightFiles(raw.weight_files, partial(_read_file, folder, raw))
 
 
 def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
-    """transformers' configuration of a folder and the class to load it with, ours where we have one."""
+    """Configuration and class of the model: transformers' own, or ours where we have one."""
     import transformers
 
+    # No Auto* class on an original ChatGLM folder: it would ask whether to run the code in it.
+    if raw.original is not None:
+        settings = {key: value for key, value in raw.config.items() if key != "model_type"}
+        return transformers.GlmConfig(**settings), transformers.GlmForCausalLM
+    if raw.model_type == "chatglm":
+        from fitune.model.chatglm_v1 import ChatGLMForConditionalGeneration, read_config
+
+        return read_config(raw.config), ChatGLMForConditionalGeneration
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -140,11 +188,13 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
     return config, model_class
 
 
-def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
+def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
     """transformers fills missing weights with random numbers; that must never pass for a trained model."""
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    # The class lists what may be tied; whether it is stands in the configuration.
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else set()
     missing = [key for key in missing if not any(re.search(pattern, key) for pattern in tied)]
     if missing or mismatched:
         kind, keys = ("missing", missing) if missing else ("of another shape than config.json says", mismatched)
@@ -154,24 +204,52 @@ def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> Non
         )
 
 
-def _read_bin(folder: Path, files: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for name in files:
-        try:
-            part = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # unpickling raises anything; each means: not usable
-            _raise_if_out_of_memory(error)
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it wants to run {wanted[1]}" if wanted else "it is damaged or no weight file"
-            raise ConfigError(
-                f"{folder / name}: refused, {reason}. Only plain tensors are read; convert the model to safetensors"
-            ) from error
-        if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
-            raise ConfigError(f"{folder / name}: is no plain dictionary of tensors; convert it to safetensors")
-        state |= part
-    return state
+def _read_weights(folder: Path, raw: ModelFolder) -> dict[str, torch.Tensor]:
+    """All weights by transformers' names, as pages of their files."""
+    return {name: tensor for file in raw.weight_files for name, tensor in _read_file(folder, raw, file).items()}
+
+
+def _read_file(folder: Path, raw: ModelFolder, file: str) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(folder / file)
+    return tensors if raw.original is None else glm_weights(tensors, read_arch(raw.original), folder / file)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one weight file, mapped into memory: read when they are touched.
+
+    Raises:
+        ConfigError: the file wants to run code, or is damaged.
+        MemoryError: it cannot be mapped.
+    """
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    try:
+        part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # unpickling raises anything; each means: not usable
+        _raise_if_out_of_memory(error)
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to run {wanted[1]}" if wanted else "it is damaged or no weight file"
+        raise ConfigError(
+            f"{file}: refused, {reason}. Only plain tensors are read; convert the model to safetensors"
+        ) from error
+    if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
+        raise ConfigError(f"{file}: is no plain dictionary of tensors; convert it to safetensors")
+    return part
+
+
+def identity(folder: Path, weight_files: tuple[str, ...]) -> str:
+    """What adapters know a base by: its fingerprint, or that of the folder it was converted from.
+
+    A converted folder says so in `CONVERTED`, with its own fingerprint; once its weights are changed, that counts.
+    """
+    own = fingerprint(folder, weight_files)
+    try:
+        facts = json.loads((folder / CONVERTED).read_text(encoding="utf-8"))
+        return str(facts["source_fingerprint"]) if facts["fingerprint"] == own else own
+    except (OSError, ValueError, KeyError, TypeError):
+        return own
 
 
 def fingerprint(folder: Path, weight_files: tuple[str, ...]) -> str:

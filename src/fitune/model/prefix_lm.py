@@ -17,16 +17,9 @@ from typing import NamedTuple
 import torch
 
 from fitune.model.masks import additive, causal, documents, same_document, without_pads
+from fitune.plan.chatglm import Blank
 
 BASE = 10000.0
-
-
-class Blank(NamedTuple):
-    """The ids that mark a blank: `sop` begins the answer, `gmask` (else `mask`) stands where it belongs."""
-
-    sop: int
-    gmask: int
-    mask: int
 
 
 class Places(NamedTuple):

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fitune.errors import ConfigError
+from fitune.plan.chatglm import check_version_1, glm_config, is_version_1
 from fitune.plan.saves import BlockShape
 
 Config = Mapping[str, Any]  # config.json is whatever its author wrote
@@ -74,6 +75,8 @@ class ArchSpec:
         linears: the linear layers of a block, in module order.
         block: path of a block, `{}` for its number.
         parameters: every parameter of the model, tied ones once.
+        quantized: the linear layers are quantized in the files, by bitsandbytes.
+        double_quant: absmax values of 4-bit weights are in 8 bits; bitsandbytes may have stored them in fp32.
         axes: positions of a token.
         prefix: a document's tokens see all of what stands before its answer.
     """
@@ -98,6 +101,8 @@ class ArchSpec:
     linears: tuple[Linear, ...]
     block: str
     parameters: tuple[Parameter, ...]
+    quantized: bool = False
+    double_quant: bool = True
     axes: int = 1
     prefix: bool = False
 
@@ -150,6 +155,14 @@ def read_arch(config: Config) -> ArchSpec:
     Raises:
         ConfigError: an unknown `model_type`, a missing or impossible size, or a variant with other parameters.
     """
+    arch, stored = _read(config), config.get("quantization_config")
+    if not isinstance(stored, dict):
+        return arch
+    single = stored.get("load_in_4bit") and not stored.get("bnb_4bit_use_double_quant")
+    return replace(arch, quantized=True, double_quant=not single)
+
+
+def _read(config: Config) -> ArchSpec:
     model_type = config.get("model_type")
     if model_type in _SPLIT:
         return _split(config, str(model_type))
@@ -220,48 +233,18 @@ def _split(config: Config, family: str) -> ArchSpec:
     )
 
 
-# What must hold for an original ChatGLM2/3 file to have the parameters of a GLM model, and their defaults there.
-_CHATGLM = {
-    "rmsnorm": (True, True),
-    "post_layer_norm": (True, True),
-    "apply_residual_connection_post_layernorm": (False, False),
-    "add_bias_linear": (False, False),
-    "fp32_residual_connection": (False, False),
-}
-
-
 def _chatglm(config: Config) -> ArchSpec:
-    """THUDM's own files: version 1 has an `inner_hidden_size`, versions 2 and 3 an `ffn_hidden_size`."""
-    if config.get("quantization_bit") or config.get("pre_seq_len"):
-        key = "quantization_bit" if config.get("quantization_bit") else "pre_seq_len"
-        raise ConfigError(f"config.json: `{key}` is {config[key]!r}; give the plain 16-bit model without it")
-    if "inner_hidden_size" in config:
-        return _fused(
-            config,
-            sizes=(_size(config, "hidden_size"), _size(config, "num_layers"), _size(config, "num_attention_heads")),
-            inner=_size(config, "inner_hidden_size"),
-            attention="attention",
-            block="transformer.layers.{}",
-        )
-    for key, (needed, default) in _CHATGLM.items():
-        if config.get(key, default) != needed:
-            raise ConfigError(f"config.json: `{key}` is {config[key]!r}; only ChatGLM models with {needed} are known")
-    heads = _size(config, "num_attention_heads")
-    grouped = config.get("multi_query_attention", False)
-    renamed = {
-        "model_type": config["model_type"],
-        "hidden_size": config.get("hidden_size"),
-        "num_hidden_layers": config.get("num_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.get("multi_query_group_num") if grouped else heads,
-        "head_dim": config.get("kv_channels"),
-        "intermediate_size": config.get("ffn_hidden_size"),
-        "vocab_size": config.get("padded_vocab_size"),
-        "attention_bias": config.get("add_qkv_bias", False),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "max_position_embeddings": config.get("seq_length"),
-    }
-    return _split(renamed, "glm")
+    """THUDM's own files: version 1 has modules of its own, versions 2 and 3 are GLM models."""
+    if not is_version_1(config):
+        return replace(_split(glm_config(config), "glm"), model_type=str(config["model_type"]))
+    check_version_1(config)
+    return _fused(
+        config,
+        sizes=(_size(config, "hidden_size"), _size(config, "num_layers"), _size(config, "num_attention_heads")),
+        inner=_size(config, "inner_hidden_size"),
+        attention="attention",
+        block="transformer.layers.{}",
+    )
 
 
 def _bloom(config: Config) -> ArchSpec:

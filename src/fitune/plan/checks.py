@@ -57,6 +57,8 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return "an architecture the planner does not know"
     if arch.plain is not None:
         return arch.plain
+    if config.model.int8_compute == "llm_int8":
+        return "model.int8_compute=llm_int8"
     if isinstance(method, BitfitConfig | PromptLearning):
         return None
     if isinstance(method, Ia3Config):
@@ -64,7 +66,7 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
     if not isinstance(method, LoraConfig):
         return f"method.name={method.name}; the engine trains adapters, biases and virtual tokens"
     if method.modules_to_save:
-        return "method.modules_to_save; the engine trains LoRA adapters"
+        return "method.modules_to_save; the engine trains LoRA adapters and biases"
     return "DoRA" if method.dora else None
 
 

@@ -38,13 +38,14 @@ QUANT_TABLES = 4 * 16 + 4 * 256 + 4  # two code books and an offset
 ADAM8_BLOCK, ADAM8_FROM = 256, 4096  # bitsandbytes keeps smaller tensors' states in fp32
 
 
-def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
-    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
+def quantized_bytes(quantization: str, outs: int, ins: int, double_quant: bool = True) -> int:
+    """Bytes of one (outs, ins) weight in quantized storage, with scales (4-bit: in 8 bits, or in fp32) and tables."""
     elements = outs * ins
     if quantization in ("int8", "fp8"):
         return elements + 4 * outs
     blocks = -(-elements // QUANT_BLOCK)
-    return -(-elements // 2) + blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES
+    scales = blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES if double_quant else 4 * blocks + 4 * 16
+    return -(-elements // 2) + scales
 
 
 def _outer_weights(job: Job) -> Part:
@@ -70,7 +71,8 @@ def _block_weights(job: Job) -> Part:
     if job.quantization == "none":
         total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
+    arch = job.arch
+    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins, arch.double_quant) for linear in arch.linears)
     copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
     copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
@@ -236,7 +238,7 @@ def _workspaces(job: Job) -> Part:
 
 def _quantizing(job: Job) -> Part:
     """Weights are quantized slice by slice; on CPU the ones to come are still there in full."""
-    if job.quantization == "none":
+    if job.quantization == "none" or job.arch.quantized:
         return Part("weights being quantized", 0, "")
     full = job.dtype_bytes * job.arch.layers * sum(linear.outs * linear.ins for linear in job.arch.linears)
     size, formula = QUANT_SLICE_BYTES, "6 slices x 16 MiB"
@@ -283,9 +285,10 @@ def _check_copies(job: Job) -> Part:
         what, copied = "factors", job.num_trained
     tokens, arch = _checked(job), job.arch
     size = 4 * copied + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
-    size += 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
+    bias = 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
     formula = f"{copied:,} of {what} x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
-    return Part("self-check: copies", size, formula, ("self-check",))
+    formula += f"; {arch.heads} x {tokens}² x {job.dtype_bytes} B" if bias else ""
+    return Part("self-check: copies", size + bias, formula, ("self-check",))
 
 
 def _check_plain(job: Job) -> Part:
@@ -313,10 +316,12 @@ def _check_block(job: Job) -> int:
     """One block on the plain path, at its largest in the backward of the MLP or at its end.
 
     Both times two sets of gradients of the block before are there, one of each path. In the MLP: what autograd keeps of
-    the block, four matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
+    the block, some matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
     """
     tokens, method = _checked(job), job.method
+    wide = {"bloom": 6, "chatglm": 2}.get(job.arch.family, 3)  # BLOOM's gelu is spelled out in PyTorch
     if isinstance(method, LoraConfig):
+        wide = 4  # an adapter hands its input's gradient back in fp32
         trained = max(
             sum(method.r * (linear.ins + linear.outs) for linear, blocks in job.adapted if number in blocks)
             for number in range(job.arch.layers)
@@ -326,7 +331,7 @@ def _check_block(job: Job) -> int:
     else:
         trained = 0  # encoders do not run under autograd then
     expanded = 0 if job.quantization == "none" else 1 if job.quantization == "fp8" else job.dtype_bytes
-    inside = tokens * (plain_bytes_per_token(job) + 4 * job.shape.intermediate * job.dtype_bytes)
+    inside = tokens * (plain_bytes_per_token(job) + wide * job.shape.intermediate * job.dtype_bytes)
     return 8 * trained + max(8 * trained, inside + _largest_layer(job) * expanded)
 
 

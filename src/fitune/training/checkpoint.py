@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from fitune.errors import CheckpointError
-from fitune.training.disk import discard, disk_error, files_in, make_parents, replace_folder, tree_bytes, writing
+from fitune.infer.disk import discard, disk_error, files_in, make_parents, replace_folder, tree_bytes, writing
 from fitune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:

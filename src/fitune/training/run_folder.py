@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.errors import CheckpointError, ConfigError
-from fitune.training.disk import make_parents, preflight, recover, replace_folder, sync, write_atomic, writing
+from fitune.infer.disk import make_parents, preflight, recover, replace_folder, sync, write_atomic, writing
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"

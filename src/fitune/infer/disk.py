@@ -1,4 +1,4 @@
-"""Changing files and folders by steps that a crash cannot cut in half; what the run folder is built on.
+"""Changing files and folders by steps that a crash cannot cut in half; run folders and converted models are made so.
 
 Whatever must not be seen half-written is built beside its place as `.tmp-NAME-PID`, fsynced and renamed. What it
 replaces is moved to `.old-NAME-PID` first and comes back if the process dies in between; what is to be deleted is
@@ -20,7 +20,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from fitune.errors import CheckpointError
+from fitune.errors import CheckpointError, ConfigError
 
 LEFTOVER = re.compile(r"\.(tmp|old|trash)-(.+)-\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,7 +54,9 @@ def disk_error(error: Exception, path: Path, need_bytes: int = 0) -> CheckpointE
     if number in FULL or need_bytes:
         reason += f"; about {_amount(need_bytes)} needed, {_amount(free_bytes(path))} free"
     advice = "free some space, or " if number in FULL else "make it writable, or " if number in READ_ONLY else ""
-    return CheckpointError(f"disk: cannot write {path}: {reason}; {advice}choose another output.dir")
+    return CheckpointError(
+        f"disk: cannot write {path}: {reason}; {advice}choose another folder (a run's is output.dir)"
+    )
 
 
 @contextmanager
@@ -189,6 +191,32 @@ def replace_folder(target: Path, fill: Callable[[Path], None], need_bytes: int =
         raise disk_error(error, target, max(need_bytes, written)) from error
     finally:
         remove(temp)
+
+
+def check_free(target: Path, option: str) -> None:
+    """Refuse a place that already holds something.
+
+    Raises:
+        ConfigError: `target` is a file or a folder with something in it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{option} {target}: exists and is not an empty folder; give a new one")
+
+
+def new_folder(target: Path, fill: Callable[[Path], None], need_bytes: int = 0) -> None:
+    """Make a folder that appears, filled, by one rename; what a killed attempt at the same place has left is removed.
+
+    Args:
+        target: must not exist, or be an empty folder; missing parents are made.
+        fill, need_bytes: see `replace_folder`.
+    Raises:
+        CheckpointError: the disk refused; nothing is left there.
+    """
+    preflight(target, need_bytes)
+    make_parents(target)
+    with writing(target):
+        recover(target.absolute().parent, lambda name, _: name == target.name)
+    replace_folder(target.absolute(), fill, need_bytes, replace=False)
 
 
 def _swap_in(temp: Path, target: Path, replace: bool) -> None:
