@@ -67,7 +67,8 @@ def memory_table() -> str:
     from fitune.config import build
     from fitune.plan.arch import read_arch
     from fitune.plan.memory import plan_memory
-    from fitune.plan.parts import PHASES, READY, STEP, TERMS
+    from fitune.plan.part import PHASES, READY, STEP
+    from fitune.plan.parts import TERMS
     from plan.shapes import LLAMA_1B, LLAMA_8B
 
     def plan(config: dict, method: dict, length: int, quantization: str = "none", **train: object):

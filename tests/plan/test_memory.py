@@ -24,7 +24,8 @@ from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
 from fitune.plan.job import block_columns
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import lora_columns, plan_memory, planned_level
-from fitune.plan.parts import PHASES, parts, plain_bytes_per_token, quantized_bytes
+from fitune.plan.part import PHASES
+from fitune.plan.parts import parts, plain_bytes_per_token, quantized_bytes
 from fitune.plan.saves import LEVELS
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import PlainPath
@@ -215,8 +216,8 @@ def test_what_training_holds_per_trained_parameter(tiny_qwen, method, dtype, opt
     assert found.get("modules trained whole", 0) == sum(trained[name].nbytes for name in copies)
     assert found.get("master weights", 0) == sum(m.numel() * m.element_size() for m in masters)
     assert found["optimizer states"] == sum(t.numel() * t.element_size() for t in states.values())
-    # The engine adds to fp32 gradients, whatever the parameters and the masters are.
-    engine = plan.plain_reason is None
+    # The engine adds to fp32 gradients, whatever the parameters and the masters are, but for those left to autograd.
+    engine = plan.job.own_gradients
     assert found["gradients"] == sum(g.numel() * (4 if engine else g.element_size()) for g in gradients)
     assert found.get("gradients of masters", 0) == (sum(g.nbytes for g in gradients if g.itemsize < 4) if engine else 0)
 
@@ -435,9 +436,9 @@ def test_llama_1b_stays_near_the_design():
     ("config", "method", "train", "reason"),
     [
         (BLOOM_1B4 | {"hidden_dropout": 0.1}, {"name": "lora"}, {}, "hidden_dropout"),
-        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains LoRA adapters and biases"),
+        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains adapters, biases and virtual tokens"),
         (LLAMA_1B, {"name": "full"}, {}, "method.name=full"),
-        (LLAMA_1B, {"name": "ia3"}, {}, "method.name=ia3"),
+        (LLAMA_1B, {"name": "ia3", "target_modules": "linear"}, {}, "IA3's factors on other layers"),
         (LLAMA_1B, {"name": "lora", "dora": True}, {}, "DoRA"),
         (LLAMA_1B, {"name": "lora", "modules_to_save": ["norm"]}, {}, "method.modules_to_save"),
         (LLAMA_1B, {"name": "lora"}, {"path": "plain"}, "train.path=plain"),
@@ -595,12 +596,12 @@ def test_constants_by_device_name(name, row):
 )
 def test_what_the_plain_path_keeps_at_least(method, blocks, tokens):
     """Blocks below the lowest trained one keep nothing; virtual tokens make every row longer."""
-    job = plan_of(LLAMA_1B, method).job
+    job = plan_of(LLAMA_1B, method, train={"micro_batch_rows": 2, "path": "plain"}).job
     assert (job.kept_blocks, job.capacity) == (blocks, 2 * (1024 + tokens))
 
 
 def test_advice_leaves_out_what_the_method_refuses():
-    train = {"micro_batch_rows": 1}
+    train = {"micro_batch_rows": 1, "path": "plain"}
     for method in ({"name": "prefix"}, {"name": "lora", "init": "pissa", "dora": False, "modules_to_save": ["norm"]}):
         config = settings(method, memory={"budget": 3}, train=train, data={"max_length": 1024})
         plan = plan_memory(read_arch(LLAMA_1B), config, "no data")
