@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitune.config import RunConfig
+from fitune.config import RunConfig, new_tokens
 from fitune.config import load as load_config
 from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
@@ -199,7 +199,7 @@ def _load_run(run: Path, device: str, dtype: str | None, quantization: str | Non
     wanted = pick_dtype(dtype or config.model.dtype, where)
     # The result of full fine-tuning stands alone: the base may be gone.
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, new_tokens(config.method))
     template = resolve_template(config.data.template, tokenizer)
     base = load_base(folder, wanted, where, quantization or config.model.quantization)
     model = base.model
