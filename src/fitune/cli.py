@@ -232,13 +232,14 @@ def _params(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from fitune.config import new_tokens
     from fitune.data.lengths import row_lengths
     from fitune.plan.budget import check_budget
     from fitune.plan.memory import plan_memory
     from fitune.plan.text import plan_json, plan_text
 
     config, arch, folder = _planned(options)
-    lengths = row_lengths(config.data, folder)
+    lengths = row_lengths(config.data, folder, new_tokens(config.method))
     plan = plan_memory(arch, config, lengths)
     print(plan_json(plan, config) if options.json else plan_text(plan, config))
     check_budget(plan, config, lengths)

@@ -12,6 +12,7 @@ from fitune.config.methods import (
     PromptConfig,
     PromptLearning,
     PtuningConfig,
+    new_tokens,
 )
 from fitune.config.schema import (
     DataConfig,
@@ -44,4 +45,5 @@ __all__ = [
     "dump",
     "leaves",
     "load",
+    "new_tokens",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitune.config import RunConfig
+from fitune.config import RunConfig, new_tokens
 from fitune.config import load as load_config
 from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
@@ -218,7 +218,7 @@ def run_parts(run: Path) -> RunParts:
     if not result.is_dir():
         raise ConfigError(f"{run} has no result yet ({method.folder}/ is missing); finish it: fitune resume {run}")
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, new_tokens(config.method))
     return RunParts(config, method, result, folder, tokenizer, resolve_template(config.data.template, tokenizer))
 
 

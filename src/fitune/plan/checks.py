@@ -65,8 +65,9 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return _factors_elsewhere(arch, method)
     if not isinstance(method, LoraConfig):
         return f"method.name={method.name}; the engine trains adapters, biases and virtual tokens"
-    if method.modules_to_save:
-        return "method.modules_to_save; the engine trains LoRA adapters and biases"
+    if method.modules_to_save or method.new_tokens:
+        key = "modules_to_save" if method.modules_to_save else "new_tokens"
+        return f"method.{key}; the engine trains LoRA adapters"
     return "DoRA" if method.dora else None
 
 

@@ -132,6 +132,8 @@ def _lora(arch: ArchSpec, method: LoraConfig) -> Iterator[Tensors]:
         rows = [method.r * linear.ins, method.r * linear.outs, *([linear.outs] if method.dora else [])]
         yield from (Tensors(elements, len(blocks), "beside", min(blocks)) for elements in rows)
     yield from _copies(arch, method.modules_to_save)
+    if method.new_tokens:  # rows that the embedding has to grow by are no parameters of the method
+        yield Tensors(len(method.new_tokens) * arch.hidden, 1 if arch.tied else 2, "beside")
 
 
 def _copies(arch: ArchSpec, names: Sequence[str]) -> Iterator[Tensors]:

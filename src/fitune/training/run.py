@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fitune.config import RunConfig, build, dump
+from fitune.config import RunConfig, build, dump, new_tokens
 from fitune.config.load import apply_overrides, read_yaml
 from fitune.data.batches import StepPlan
 from fitune.data.prepare import Dataset, prepare, write_rejected
@@ -173,7 +173,7 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
     longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     check_run(config, arch, longest if isinstance(longest, int) else None)
-    tokenizer = Tokenizer.load(model_folder)
+    tokenizer = Tokenizer.load(model_folder, new_tokens(config.method))
     check_text(config.method, tokenizer)
     resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
     if not quiet:
@@ -213,7 +213,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
     use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
-    if base.vocab_size < prepared.tokenizer.vocab_size:
+    if base.vocab_size < prepared.tokenizer.vocab_size - len(prepared.tokenizer.new_tokens):
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
             f"{base.vocab_size} embedding rows; tokenizer and model do not belong together"
