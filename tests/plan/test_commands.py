@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 from fitune import cli
+from fitune.config import load
+from fitune.model.folder import embedded_path
+from fitune.plan.arch import read_arch
+from fitune.plan.memory import plan_memory
+from fitune.plan.params import FORMULAS
 from plan.shapes import BLOOM_1B4, CHATGLM3, LLAMA_1B
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,6 +46,32 @@ def test_params(yaml, capsys):
     _, out, _ = run(capsys, "params", yaml(CHATGLM3), "method.target_modules=[q_proj, k_proj, v_proj]", "--json")
     found = json.loads(out)
     assert (found["trainable_parameters"], found["base_parameters"]) == (3_784_704, 6_243_584_000)
+
+
+@pytest.mark.parametrize(
+    ("folder", "overrides", "shown"),
+    [
+        ("llama-3.2-1b", [], "851,968 of 1,236,666,368 parameters (0.0689 %)"),
+        ("llama-2-13b", [], "6,553,600 of 13,022,417,920"),
+        ("bloom-1b4-zh", [], "1,572,864 of"),
+        ("bloom-1b4-zh", ["method.name=bitfit"], "544,768 of 1,303,111,680 parameters (0.0418 %)"),
+        ("bloom-1b4-zh", ["method.name=prompt", "method.num_virtual_tokens=10"], "20,480 of"),
+        ("bloom-1b4-zh", ["method.name=ptuning", "method.num_virtual_tokens=10", "method.encoder_hidden_size=1024"],
+         "5,267,456 of"),
+        ("bloom-1b4-zh", ["method.name=prefix", "method.num_virtual_tokens=10"], "983,040 of"),
+        ("bloom-1b4-zh", ["method.name=prefix", "method.num_virtual_tokens=10", "method.projection=true"],
+         "205,641,728 of 1,508,753,408 parameters (13.6299 %)"),
+        ("bloom-1b4-zh", ["method.name=ia3"], "344,064 of"),
+        ("chatglm3-6b", ["method.target_modules=[q_proj, k_proj, v_proj]"], "3,784,704 of"),
+        ("chatglm3-6b", ["method.name=bitfit"], "129,024 of 6,243,584,000"),
+    ],
+)  # fmt: skip
+def test_params_of_published_models(shared, tmp_path, capsys, folder, overrides, shown):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {shared / 'configs' / folder}}}\n")
+    code, out, _ = run(capsys, "params", file, *overrides)
+    assert code == 0
+    assert f" trains {shown}" in out
 
 
 def test_params_refuses_what_training_would(yaml, capsys):
@@ -178,6 +209,16 @@ def test_on_cpu_a_budget_has_no_effect(yaml, capsys):
     assert "CUDA context" not in out
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda file: file.stem)
+def test_examples_can_be_planned(file):
+    """Those on the embedded model as they are; the BLOOM one, whose files are on a hub, with every method."""
+    embedded = json.loads((embedded_path() / "config.json").read_text())
+    for name in FORMULAS if file.stem.startswith("bloom") else [None]:
+        config = load(file, [] if name is None else [f"method.name={name}"])
+        arch = read_arch(embedded if config.model.path == "embedded" else BLOOM_1B4)
+        assert plan_memory(arch, config, "no data").peak_bytes > 0
+
+
 def test_the_page_is_current(monkeypatch):
     """The table of docs/memory.md, made anew, and its claims."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -187,6 +228,14 @@ def test_the_page_is_current(monkeypatch):
     assert memory_page(text) == text, "run `make docs`"
 
 
+def test_the_page_of_methods_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import methods_page
+
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert methods_page(text) == text, "run `make docs`"
+
+
 def test_the_numbers_of_the_readmes(yaml, capsys):
     """Both show how a plan of Llama 3.2 1B with four rows of at most 1,024 tokens ends."""
     _, out, _ = run(capsys, "plan", yaml(), "data.train=alpaca_data_zh.json", "data.eval=0.02", "method.r=8")
@@ -194,3 +243,26 @@ def test_the_numbers_of_the_readmes(yaml, capsys):
     shown = " ".join(peak.split())
     for name in ("README.md", "README.zh-CN.md"):
         assert shown in (ROOT / name).read_text(encoding="utf-8"), f"write into {name}: {shown}"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_original_chatglm_folder(shared, rows_file, tmp_path, capsys, version):
+    """No weights, no conversion, none of the code that its config.json asks for; lengths from tokenizer.model."""
+    folder = tmp_path / "chatglm"
+    folder.mkdir()
+    shutil.copyfile(shared / f"configs/chatglm{version}-6b/config.json", folder / "config.json")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {folder}, dtype: bf16}}\ndata: {{train: {rows_file}}}\n")
+    targets = "method.target_modules=[q_proj, k_proj, v_proj]"
+    for overrides, trained in (([targets], 3_784_704), (["method.name=bitfit"], 129_024)):
+        code, out, _ = run(capsys, "params", file, *overrides, "--json")
+        found = json.loads(out)
+        assert (code, found["trainable_parameters"], found["base_parameters"]) == (0, trained, 6_243_584_000)
+    _, out, _ = run(capsys, "plan", file)
+    assert "lengths unknown: planned at max_length" in out
+    shutil.copyfile(shared / "tokenizers/chatglm3-6b/tokenizer.model", folder / "tokenizer.model")
+    code, out, _ = run(capsys, "plan", file, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert 2 * 6_243_584_000 < plan["peak_bytes"] < 16e9
+    assert "tokens in 4 rows" in run(capsys, "plan", file)[1]

@@ -119,3 +119,33 @@ def test_loss_scale_shrinks_on_overflow_and_grows_slowly():
         scale.grew_after_step(True)
     assert scale.scale == 65536
     assert not LossScale.for_dtype("bf16").can_shrink()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_rates_are_multiples_of_the_learning_rate(optimizer):
+    """LoRA+: B learns faster than A; the same as two optimizers of torch."""
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    ours, theirs = ({name: nn.Parameter(torch.linspace(-1, 1, 8)) for name in "AB"} for _ in range(2))
+    mine = MasterOptimizer(ours, config(weight_decay=0.1, optimizer=optimizer), rates={"B": 4.0})
+    apart = [MasterOptimizer({name: p}, config(weight_decay=0.1, optimizer=optimizer)) for name, p in theirs.items()]
+    for step in range(1, 5):
+        for named in (ours, theirs):
+            for p in named.values():
+                (p * p * step).sum().backward()
+        mine.step(1e-2 / step)
+        mine.zero()
+        for one, rate in zip(apart, (1.0, 4.0), strict=True):
+            one.step(rate * 1e-2 / step)
+            one.zero()
+    for name in "AB":
+        assert torch.equal(ours[name], theirs[name])
+    assert not torch.equal(ours["A"], ours["B"])
+    again = {name: nn.Parameter(p.detach().clone()) for name, p in ours.items()}
+    resumed = MasterOptimizer(again, config(weight_decay=0.1, optimizer=optimizer), rates={"B": 4.0})
+    resumed.load_state({key: value.clone() for key, value in mine.state().items()})
+    for named, one in ((ours, mine), (again, resumed)):
+        for p in named.values():
+            (p * p).sum().backward()
+        one.step(1e-2)
+    assert all(torch.equal(again[name], ours[name]) for name in "AB")

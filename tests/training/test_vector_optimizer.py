@@ -70,3 +70,14 @@ def test_other_optimizers_keep_parameters_apart():
     train(optimizer, named, 1)
     assert len(optimizer.masters) == 2
     assert all(m.dtype == torch.bfloat16 for m in optimizer.masters.values())
+
+
+def test_parameters_with_rates_of_their_own_are_updated_apart():
+    config = TrainConfig(learning_rate=1e-2)
+    apart, together = parameters(0), parameters(0)
+    one = MasterOptimizer(apart, config, rates={"b": 3.0})
+    two = MasterOptimizer(together, config, in_one_vector(together), {"b": 3.0})
+    train(one, apart, 4)
+    train(two, together, 4)
+    assert len(two.gradients()) == 2
+    assert all(torch.equal(together[name], apart[name]) for name in apart)

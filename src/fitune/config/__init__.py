@@ -1,13 +1,21 @@
-"""The one typed, closed configuration. See schema.py for every knob, load.py for how one is made."""
+"""The one typed, closed configuration. See schema.py and methods.py for every knob, load.py for how one is made."""
 
-from fitune.config.load import build, dump, leaves, load
-from fitune.config.schema import (
+from fitune.config.load import build, check, dump, leaves, load
+from fitune.config.methods import (
     BitfitConfig,
-    DataConfig,
+    FreezeConfig,
     FullConfig,
+    Ia3Config,
     LoraConfig,
-    MemoryConfig,
     MethodConfig,
+    PrefixConfig,
+    PromptConfig,
+    PromptLearning,
+    PtuningConfig,
+)
+from fitune.config.schema import (
+    DataConfig,
+    MemoryConfig,
     ModelConfig,
     OutputConfig,
     RunConfig,
@@ -17,15 +25,22 @@ from fitune.config.schema import (
 __all__ = [
     "BitfitConfig",
     "DataConfig",
+    "FreezeConfig",
     "FullConfig",
+    "Ia3Config",
     "LoraConfig",
     "MemoryConfig",
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PrefixConfig",
+    "PromptConfig",
+    "PromptLearning",
+    "PtuningConfig",
     "RunConfig",
     "TrainConfig",
     "build",
+    "check",
     "dump",
     "leaves",
     "load",

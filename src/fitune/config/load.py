@@ -10,19 +10,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
-from fitune.config.schema import MethodConfig, RunConfig, check_path
+from fitune.config.checks import METHOD_CHECKS
+from fitune.config.fields import check_path
+from fitune.config.methods import METHODS
+from fitune.config.schema import RunConfig
 from fitune.config.yaml_text import parse, render
 from fitune.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_MISTAKES = 10  # shown at once
-METHODS: dict[str, type[BaseModel]] = {
-    member.model_fields["name"].annotation.__args__[0]: member for member in get_args(get_args(MethodConfig)[0])
-}
 
 # The key that a section's scalar most likely meant, and an example for when the scalar tells nothing.
 MAIN_KEYS = {
@@ -113,11 +113,20 @@ def build(tree: Mapping[str, Any], name: str = "run") -> RunConfig:
         if len(mistakes) > MAX_MISTAKES:
             lines.append(f"... and {len(mistakes) - MAX_MISTAKES} more mistakes")
         raise ConfigError("\n".join(lines)) from error
-    for check in CHECKS:
-        problem = check(config)
+    check(config)
+    return _resolve(config, name)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: with the first problem.
+    """
+    for find in (*CHECKS, *METHOD_CHECKS):
+        problem = find(config)
         if problem:
             raise ConfigError(problem)
-    return _resolve(config, name)
 
 
 def dump(config: RunConfig) -> str:
@@ -133,6 +142,7 @@ def leaves(config: RunConfig) -> dict[str, Any]:
 
 def _resolve(config: RunConfig, name: str) -> RunConfig:
     tree = config.model_dump()
+    tree["method"] = config.method.model_dump(exclude_unset=True)  # method.adapter fills in what was not said
     train, data = tree["train"], config.data
     if train["global_batch_rows"] is None and train["global_batch_tokens"] is None:
         train["global_batch_rows"] = 16
@@ -204,12 +214,23 @@ def _full_trains_what_quantization_freezes(config: RunConfig) -> str | None:
     return None
 
 
+def _llm_int8_is_for_int8(config: RunConfig) -> str | None:
+    model = config.model
+    if model.int8_compute == "llm_int8" and model.quantization not in ("int8", "none"):
+        return (
+            f"model.int8_compute is llm_int8, but model.quantization is {model.quantization}; set "
+            "model.quantization=int8 or model.int8_compute=weight_only"
+        )
+    return None
+
+
 CHECKS = (
     _one_global_batch,
     _micro_batch_matches_packing,
     _adam_epsilon_exists_in_fp16,
     _eight_bit_states_have_their_own_dtype,
     _full_trains_what_quantization_freezes,
+    _llm_int8_is_for_int8,
 )
 
 
@@ -244,7 +265,10 @@ def _explain(item: dict[str, Any]) -> str:
         allowed = valid_keys(section, method)
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.4)
         elsewhere = [name for name in every_key() if name.endswith("." + location[-1])]
-        if near:
+        owners = [name for name in METHODS if in_method and location[-1] in valid_keys("method", name)]
+        if owners:
+            hint = f"it belongs to method.name={' or '.join(owners)}; {method} has {', '.join(allowed)}"
+        elif near:
             hint = f"did you mean `{f'{section}.' if section else ''}{near[0]}`?"
         elif elsewhere:
             hint = f"did you mean `{elsewhere[0]}`?"

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fitune.config.load import METHODS
-from fitune.config.schema import MANY, RunConfig
+from fitune.config.fields import MANY
+from fitune.config.methods import METHODS
+from fitune.config.schema import RunConfig
 
 REQUIRED = "required"
 

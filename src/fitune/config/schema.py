@@ -1,4 +1,4 @@
-"""Every knob of fitune: one frozen pydantic model per stage of a run.
+"""Every knob of fitune but those of the methods (methods.py): one frozen pydantic model per stage of a run.
 
 Command-line help, YAML keys, the JSON schema and docs/configuration.md are generated from these fields; nothing
 else states a default. `None` means "chosen when the run is resolved" and the description says how; the resolved
@@ -7,52 +7,12 @@ configuration is what a run saves. No torch here.
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-# Far above any real run: a slip of the finger must not hang or allocate.
-MANY = 10**9
-
-
-def no_boolean(value: object) -> object:
-    """Pydantic alone would read true as 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(no_boolean)]
-Number = Annotated[float, BeforeValidator(no_boolean)]
-Switch = Annotated[bool, Field(strict=True)]  # else `yes` and 1 pass for true
-
-
-class Section(BaseModel):
-    """A closed, immutable group of settings: an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def check_path(value: str) -> str:
-    """Refuse what no file system can hold, before anything fails on it halfway."""
-    if not value.strip():
-        raise ValueError("a path cannot be empty")
-    if any(ord(character) < 32 for character in value):
-        raise ValueError("a path cannot hold control characters")
-    if any(0xD800 <= ord(character) < 0xE000 for character in value):
-        raise ValueError("a path must be valid Unicode")
-    if len(value.encode()) > 4000 or any(len(part.encode()) > 255 for part in value.split(os.sep)):
-        raise ValueError("a path can have 4000 bytes, and 255 between two slashes")
-    return value
-
-
-def check_files(value: object, also: str = "") -> object:
-    """One file or several, each with a possible name."""
-    files = [value] if isinstance(value, str) else value
-    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
-        raise ValueError(f"give a file, a list of files{also}")
-    return tuple(check_path(file) for file in files)
+from fitune.config.fields import MANY, Number, Section, Switch, Whole, check_files, check_path, no_boolean
+from fitune.config.methods import METHODS, LoraConfig, MethodConfig
 
 
 class ModelConfig(Section):
@@ -69,57 +29,23 @@ class ModelConfig(Section):
     )
     quantization: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
         "none",
-        description="How the frozen linear layers of the blocks are stored: `none` (in dtype), `int8`, `nf4` or `fp4` "
-        "(4 bits), expanded for each product; `fp8`, multiplied as it is on GPUs that can. Not for method full.",
+        description="How the frozen linear layers of the blocks are stored: `none` (in dtype; what bitsandbytes "
+        "quantized stays so), `int8`, `nf4` or `fp4` (4 bits), expanded for each product; `fp8`, multiplied as it is "
+        "on GPUs that can. Not for method full.",
+    )
+    int8_compute: Literal["weight_only", "llm_int8"] = Field(
+        "weight_only",
+        description="How int8 weights multiply: `weight_only` (expanded to dtype) or `llm_int8` (inputs in 8 bits too, "
+        "outlier columns in dtype, as in LLM.int8(); on the plain path).",
+    )
+    int8_threshold: Number = Field(
+        6.0,
+        ge=0,
+        le=65504,
+        description="Magnitude from which a column of the inputs is an outlier of `llm_int8`; 0: no column is.",
     )
 
     _path = field_validator("path")(check_path)
-
-
-class LoraConfig(Section):
-    """Low-rank adapters on linear layers (LoRA, arXiv:2106.09685), injected and stored by PEFT."""
-
-    default_learning_rate: ClassVar[float] = 2e-4
-
-    name: Literal["lora"] = Field(description="The method.")
-    r: Whole = Field(8, gt=0, le=65536, description="Rank of the adapters.")
-    alpha: Number = Field(16.0, gt=0, le=1e6, description="Scale: the adapter's output is multiplied by alpha / r.")
-    dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout probability on the adapters' input.")
-    target_modules: Literal["attention", "linear"] | tuple[str, ...] = Field(
-        "attention",
-        description="Layers that get an adapter: `attention` (query and value projections, or the fused one), "
-        "`linear` (every linear layer of the blocks), or a list of module names.",
-    )
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _some_targets(cls, value: object) -> object:
-        if value in ("attention", "linear"):
-            return value
-        if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
-            raise ValueError("give `attention`, `linear` or a list of module names such as [q_proj, v_proj]")
-        if not value:
-            raise ValueError("an empty list adapts nothing; give `attention`, `linear` or module names")
-        return value
-
-
-class FullConfig(Section):
-    """Train every parameter."""
-
-    default_learning_rate: ClassVar[float] = 2e-5
-
-    name: Literal["full"] = Field(description="The method.")
-
-
-class BitfitConfig(Section):
-    """Train only the bias vectors (BitFit, arXiv:2106.10199)."""
-
-    default_learning_rate: ClassVar[float] = 1e-3
-
-    name: Literal["bitfit"] = Field(description="The method.")
-
-
-MethodConfig = Annotated[LoraConfig | FullConfig | BitfitConfig, Field(discriminator="name")]
 
 
 class DataConfig(Section):
@@ -138,7 +64,8 @@ class DataConfig(Section):
         "auto",
         min_length=1,
         description="Conversation layout: `model` (the tokenizer's own chat template), tutorial, alpaca, chatml, "
-        "llama3; `auto` is `model` if the tokenizer has a template, else `tutorial`.",
+        "llama3, chatglm3, chatglm2, chatglm; `auto` is `model` if the tokenizer has a template, else that of ChatGLM "
+        "for its tokenizers, else `tutorial`.",
     )
     max_length: Whole = Field(
         1024, ge=8, le=10_000_000, description="Longest row, in tokens, end-of-sequence token included."
@@ -182,6 +109,11 @@ class DataConfig(Section):
         return value
 
 
+def _default_rates() -> str:
+    rates = {name: section.default_learning_rate for name, section in METHODS.items()}
+    return ", ".join(f"{rate:.0e}".replace("e-0", "e-") + f" for {name}" for name, rate in rates.items())
+
+
 class TrainConfig(Section):
     """The training loop. A step is one optimizer update; a micro step is one forward and backward."""
 
@@ -208,7 +140,7 @@ class TrainConfig(Section):
         description="Tokens per forward pass when packed (never changes an update). None: 2 * data.max_length.",
     )
     learning_rate: Number | None = Field(
-        None, gt=0, le=1000, description="Peak learning rate. None: 2e-4 for lora, 2e-5 for full, 1e-3 for bitfit."
+        None, gt=0, le=1000, description=f"Peak learning rate. None: {_default_rates()}."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Learning rate after warm-up: constant, or falling to 0 at the last step."
@@ -242,7 +174,7 @@ class TrainConfig(Section):
         description="What the backward pass computes again instead of keeping, from most memory to least: `none`, "
         "`elementwise` (norms and activations; the same as false), `attention` (the first half of the MLP besides), "
         "`full` (everything but each block's input; the same as true: about a third more time), `offload` (the same, "
-        "with those inputs in host memory).",
+        "with those inputs, and an untied embedding, in host memory).",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto`: cuda if there is one.")
     save_every_steps: Whole = Field(100, gt=0, le=MANY, description="Commit a checkpoint every so many steps.")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fitune.data.batches import IGNORE, Batch
-from fitune.model.prefix_lm import Blank, find_places
+from fitune.model.prefix_lm import find_places
+from fitune.plan.chatglm import Blank
 
 cuda: Any = torch.cuda  # only partly typed
 Rows = dict[str, torch.Tensor]

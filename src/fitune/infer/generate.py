@@ -18,6 +18,7 @@ from torch import nn
 
 from fitune.errors import DataError
 from fitune.infer.sampling import Sampling
+from fitune.methods.prompts import generation_inputs, num_virtual_tokens
 
 __all__ = ["Generated", "Sampling", "generate", "stream"]
 
@@ -76,6 +77,7 @@ def _fit(model: nn.Module, prompt_tokens: int, sampling: Sampling) -> Sampling:
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not isinstance(positions, int):  # relative positions: no end
         return sampling
+    positions -= num_virtual_tokens(model)
     if prompt_tokens >= positions:
         raise DataError(
             f"the prompt has {prompt_tokens:,} tokens, but the model has {positions:,} positions for prompt and answer "
@@ -87,7 +89,6 @@ def _fit(model: nn.Module, prompt_tokens: int, sampling: Sampling) -> Sampling:
 def _generate_batch(
     model: nn.Module, prompts: list[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling
 ) -> list[Generated]:
-
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     ids_BT = torch.full((len(prompts), width), stop_ids[0], dtype=torch.int64)
@@ -95,8 +96,9 @@ def _generate_batch(
     for i, prompt in enumerate(prompts):
         ids_BT[i, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[i, width - len(prompt) :] = 1
-    out_BT = model.generate(  # type: ignore[operator]  # a transformers or PEFT model
-        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=_settings(stop_ids, sampling)
+    generator, inputs = generation_inputs(model, ids_BT.to(device), mask_BT.to(device))
+    out_BT = generator.generate(  # type: ignore[operator]  # a transformers or PEFT model
+        **inputs, generation_config=_settings(stop_ids, sampling)
     )
     return [_cut(row, stop_ids) for row in out_BT[:, width:].tolist()]
 
@@ -142,9 +144,9 @@ def _stream(
                 if sampling.seed is not None:
                     torch.manual_seed(sampling.seed)
                 ids_BT = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-                model.generate(  # type: ignore[operator]  # a transformers or PEFT model
-                    input_ids=ids_BT,
-                    attention_mask=torch.ones_like(ids_BT),
+                generator, inputs = generation_inputs(model, ids_BT, torch.ones_like(ids_BT))
+                generator.generate(  # type: ignore[operator]  # a transformers or PEFT model
+                    **inputs,
                     generation_config=_settings(stop_ids, sampling),
                     streamer=_QueueStreamer(tokens, len(prompt)),
                     stopping_criteria=[_stop_when(closed)],

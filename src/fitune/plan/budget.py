@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from fitune.config import RunConfig, build
 from fitune.errors import ConfigError, PlanError
+from fitune.plan.arch import ArchSpec
+from fitune.plan.checks import check_run
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import MemoryPlan, plan_memory
 from fitune.plan.saves import LEVELS, level_of
@@ -53,13 +55,13 @@ def _advice(plan: MemoryPlan, config: RunConfig, lengths: Lengths | str) -> str:
 
     for keys in _levers(config):
         for key, value in keys:
-            changed = _changed(config, key, value)
+            changed = _changed(config, plan.job.arch, key, value)
             if changed is not None and needed(changed) <= budget:
                 return f"{key}={_shown(value)} brings it to {_gb(needed(changed))}"
     together: list[str] = []
     current = config
     for keys in _levers(config):
-        usable = [(key, value, new) for key, value in keys if (new := _changed(current, key, value)) is not None]
+        usable = [(key, value, new) for key, value in keys if (new := _changed(current, plan.job.arch, key, value))]
         if not usable:
             continue
         key, value, current = usable[-1]
@@ -87,15 +89,17 @@ def _levers(config: RunConfig) -> Iterator[list[tuple[str, object]]]:
         yield [("model.quantization", value) for value in ("int8", "nf4")]
 
 
-def _changed(config: RunConfig, key: str, value: object) -> RunConfig | None:
+def _changed(config: RunConfig, arch: ArchSpec, key: str, value: object) -> RunConfig | None:
     """The configuration with one more setting; None where the two cannot go together."""
     section, name = key.split(".")
     tree = config.model_dump()
     tree[section][name] = value
     try:
-        return build(tree)
+        changed = build(tree)
+        check_run(changed, arch, arch.positions)
     except ConfigError:
         return None
+    return changed
 
 
 def _shown(value: object) -> str:

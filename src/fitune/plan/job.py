@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fitune.config import LoraConfig, MethodConfig
+from fitune.config import LoraConfig, MethodConfig, PromptConfig, PtuningConfig
 from fitune.plan.arch import ArchSpec, Linear
 from fitune.plan.hardware import Hardware
 from fitune.plan.lengths import MicroStep
@@ -59,6 +59,8 @@ class Job:
     @property
     def kept_blocks(self) -> int:
         """Blocks that keep activations: those from the lowest trained one up."""
+        if not self.engine:
+            return self.arch.layers - min(tensors.lowest for tensors in self.trained)
         lowest = next((i for i, columns in enumerate(self.columns) if any(columns)), 0)
         return self.arch.layers - lowest
 
@@ -72,7 +74,7 @@ class Job:
     def capacity(self) -> int:
         """Tokens that the buffers of a micro-step are made for; on the plain path with padding."""
         if not self.engine:
-            return self.step.padded
+            return self.step.padded + self.step.rows * self.virtual_tokens
         return self.step.real if self.hardware.on_cpu else bucket(self.step.real, self.step.real)
 
     @property
@@ -90,10 +92,20 @@ class Job:
         """Trainable parameters."""
         return sum(tensors.elements * tensors.copies for tensors in self.trained)
 
+    def stored(self, *kinds: str) -> int:
+        """Trainable parameters of these kinds (`params.Tensors`)."""
+        return sum(tensors.elements * tensors.copies for tensors in self.trained if tensors.kind in kinds)
+
     @property
-    def is_lora(self) -> bool:
-        """Trains fp32 parameters beside the base."""
-        return isinstance(self.method, LoraConfig)
+    def num_mastered(self) -> int:
+        """Trainable parameters that are not stored in the masters' dtype, and so have masters."""
+        beside = self.stored("beside") if self.master_bytes != 4 else 0
+        return beside + (self.stored("own", "copy") if self.master_bytes != self.dtype_bytes else 0)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that virtual tokens take in every row, beside its own; those of a prefix are only looked at."""
+        return self.method.num_virtual_tokens if isinstance(self.method, PromptConfig | PtuningConfig) else 0
 
 
 def block_columns(arch: ArchSpec, method: MethodConfig) -> tuple[Columns, ...]:

@@ -26,6 +26,7 @@ class MicroStep:
     Attributes:
         real: tokens of its rows, no padding.
         padded: positions it has when every row is padded to the longest.
+        rows: how many rows that are.
         first: tokens of the first training row, which the engine's self-check runs.
         how: where the numbers come from, in words.
         alike: every micro-step of the run has this many tokens.
@@ -33,6 +34,7 @@ class MicroStep:
 
     real: int
     padded: int
+    rows: int
     first: int
     how: str
     alike: bool = False
@@ -49,24 +51,24 @@ def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
         capacity = train.micro_batch_tokens or 2 * data.max_length
         if isinstance(lengths, str):
             how = f"lengths unknown: planned at train.micro_batch_tokens, {capacity:,} tokens ({lengths})"
-            return MicroStep(capacity, capacity, data.max_length, how)
+            return MicroStep(capacity, capacity, 1, data.max_length, how)
         most = max(min(capacity, total) for total in (_step_tokens(config, lengths.train), sum(lengths.eval)))
-        return MicroStep(most, most, lengths.train[0], f"at most {most:,} packed tokens")
+        return MicroStep(most, most, 1, lengths.train[0], f"at most {most:,} packed tokens")
     rows = train.micro_batch_rows or 4
     if isinstance(lengths, str):
         if data.eval is None:  # evaluation knows no global batch
             rows = min(rows, train.global_batch_rows or rows)
         most = rows * data.max_length
         how = f"lengths unknown: planned at max_length, {rows:,} x {data.max_length:,} tokens ({lengths})"
-        return MicroStep(most, most, data.max_length, how)
+        return MicroStep(most, most, rows, data.max_length, how)
     found = []
     for group, limit in ((lengths.train, _step_tokens(config, lengths.train)), (lengths.eval, sum(lengths.eval))):
         count = min(rows, train.global_batch_rows or rows) if group is lengths.train else rows
         longest = _longest(group, count)
-        found.append((min(sum(longest), limit), len(longest) * max(longest, default=0)))
-    real, padded = max(real for real, _ in found), max(padded for _, padded in found)
+        found.append((min(sum(longest), limit), (len(longest) * max(longest, default=0), len(longest))))
+    real, (padded, most_rows) = max(real for real, _ in found), max(padded for _, padded in found)
     how = f"at most {real:,} tokens in {rows:,} rows"
-    return MicroStep(real, padded, lengths.train[0], how, _alike(config, lengths, rows))
+    return MicroStep(real, padded, most_rows, lengths.train[0], how, _alike(config, lengths, rows))
 
 
 def _alike(config: RunConfig, lengths: Lengths, rows: int) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fitune.config import BitfitConfig, LoraConfig, RunConfig
-from fitune.errors import ConfigError
+from fitune.config import RunConfig
 from fitune.plan.arch import ArchSpec
+from fitune.plan.checks import check_run, plain_reason
 from fitune.plan.hardware import CPU, HOPPER, Hardware
 from fitune.plan.job import Columns, Job, block_columns
 from fitune.plan.lengths import Lengths, micro_step
@@ -80,14 +80,8 @@ def plan_memory(arch: ArchSpec, config: RunConfig, lengths: Lengths | str, hardw
         ConfigError: the method does not fit the architecture, rows may be longer than the model's positions, or
             train.path=fast cannot be had.
     """
-    if arch.positions is not None and config.data.max_length > arch.positions:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but this model has {arch.positions} positions; "
-            f"set data.max_length={arch.positions} or less"
-        )
+    check_run(config, arch, arch.positions)
     reason = plain_reason(arch, config)
-    if reason is not None and config.train.path == "fast":
-        raise ConfigError(f"train.path=fast, but the engine cannot run this: {reason}; use train.path=auto or plain")
     on_cpu = config.train.device == "cpu"
     job = Job(
         arch=arch,
@@ -111,17 +105,6 @@ def planned_level(config: RunConfig, engine: bool) -> Level:
     if engine:
         return level
     return "full" if level in ("attention", "full", "offload") else "elementwise"
-
-
-def plain_reason(arch: ArchSpec, config: RunConfig) -> str | None:
-    """Why a run takes the plain path, in the engine's words; None if it takes the engine."""
-    if config.train.path == "plain":
-        return "train.path=plain"
-    if arch.plain is not None:
-        return arch.plain
-    if not isinstance(config.method, LoraConfig | BitfitConfig):
-        return f"method.name={config.method.name}; the engine trains LoRA adapters and biases"
-    return None
 
 
 def lora_columns(arch: ArchSpec, config: RunConfig) -> Columns:

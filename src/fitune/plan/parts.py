@@ -55,13 +55,14 @@ class Part:
     phases: tuple[Phase, ...] = PHASES
 
 
-def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
-    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
+def quantized_bytes(quantization: str, outs: int, ins: int, double_quant: bool = True) -> int:
+    """Bytes of one (outs, ins) weight in quantized storage, with scales (4-bit: in 8 bits, or in fp32) and tables."""
     elements = outs * ins
     if quantization in ("int8", "fp8"):
         return elements + 4 * outs
     blocks = -(-elements // QUANT_BLOCK)
-    return -(-elements // 2) + blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES
+    scales = blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES if double_quant else 4 * blocks + 4 * 16
+    return -(-elements // 2) + scales
 
 
 def _outer_weights(job: Job) -> Part:
@@ -87,7 +88,8 @@ def _block_weights(job: Job) -> Part:
     if job.quantization == "none":
         total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
+    arch = job.arch
+    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins, arch.double_quant) for linear in arch.linears)
     copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
     copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
@@ -95,24 +97,34 @@ def _block_weights(job: Job) -> Part:
 
 
 def _adapters(job: Job) -> Part:
-    count = job.num_trained if job.is_lora else 0
+    count = job.stored("beside")
     return Part("adapters", 4 * count, f"{count:,} parameters x 4 B")
 
 
+def _starts(job: Job) -> Part:
+    """What PiSSA and OLoRA took out of the weights."""
+    count = job.stored("beside") if isinstance(job.method, LoraConfig) and job.method.init != "default" else 0
+    return Part("adapters as they began", 4 * count, f"{count:,} parameters x 4 B")
+
+
+def _copies(job: Job) -> Part:
+    count = job.stored("copy")
+    return Part("modules trained whole", count * job.dtype_bytes, f"{count:,} parameters x {job.dtype_bytes} B")
+
+
 def _masters(job: Job) -> Part:
-    stored = 4 if job.is_lora else job.dtype_bytes
-    needed = job.num_trained if stored != job.master_bytes else 0
+    needed = job.num_mastered
     return Part("master weights", needed * job.master_bytes, f"{needed:,} parameters x {job.master_bytes} B", STEP)
 
 
 def _gradients(job: Job) -> Part:
-    one = 4 if job.is_lora or job.engine else job.master_bytes
+    one = 4 if job.engine else job.master_bytes
     return Part("gradients", one * job.num_trained, f"{job.num_trained:,} trained parameters x {one} B", READY)
 
 
 def _master_gradients(job: Job) -> Part:
     """The engine adds to fp32 gradients; they are handed to masters of another dtype before the step."""
-    needed = job.num_trained if (job.is_lora or job.engine) and job.master_bytes != 4 else 0
+    needed = job.num_trained if job.engine and job.master_bytes != 4 else 0
     formula = f"{needed:,} parameters x {job.master_bytes} B"
     return Part("gradients of masters", needed * job.master_bytes, formula, ("optimizer step",))
 
@@ -243,7 +255,7 @@ def _workspaces(job: Job) -> Part:
 
 def _quantizing(job: Job) -> Part:
     """Weights are quantized slice by slice; on CPU the ones to come are still there in full."""
-    if job.quantization == "none":
+    if job.quantization == "none" or job.arch.quantized:
         return Part("weights being quantized", 0, "")
     full = job.dtype_bytes * job.arch.layers * sum(linear.outs * linear.ins for linear in job.arch.linears)
     size, formula = QUANT_SLICE_BYTES, "6 slices x 16 MiB"
@@ -360,6 +372,8 @@ TERMS: tuple[Callable[[Job], Part], ...] = (
     _embedding_on_its_way,
     _block_weights,
     _adapters,
+    _starts,
+    _copies,
     _masters,
     _gradients,
     _master_gradients,

@@ -196,10 +196,17 @@ def head_rows(vocabulary: int, dtype_bytes: int) -> int:
     return max(128, min(4096, 1 << max(0, rows.bit_length() - 1)))
 
 
+def padded_vocabulary(vocabulary: int) -> int:
+    """Elements from one row of the head's logits to the next."""
+    return -(-vocabulary // 64) * 64
+
+
 def head_bytes(shape: BlockShape, vocabulary: int, dtype_bytes: int) -> int:
     """Bytes of the head's buffers: logits, three (rows, hidden) matrices, the norm's statistics and loss per row."""
     rows = head_rows(vocabulary, dtype_bytes)
-    return rows * (vocabulary * dtype_bytes + 3 * shape.hidden * dtype_bytes + (12 if shape.layer_norm else 8))
+    return rows * (
+        padded_vocabulary(vocabulary) * dtype_bytes + 3 * shape.hidden * dtype_bytes + (12 if shape.layer_norm else 8)
+    )
 
 
 def check_tokens(vocabulary: int) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from fitune.config import RunConfig
+from fitune.config import LoraConfig, MethodConfig, RunConfig
 from fitune.data.prepare import Dataset
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import Unsupported
 from fitune.errors import ConfigError
 from fitune.methods.base import trainable
 from fitune.model.load import Base
+from fitune.plan.checks import plain_path_problem
 from fitune.plan.lengths import Lengths, micro_step
 from fitune.plan.saves import check_tokens, level_of
 from fitune.training.optim import MasterOptimizer
@@ -40,6 +43,9 @@ def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Datase
                 raise ConfigError(
                     f"train.path=fast, but the engine cannot run this: {reason}; use train.path=auto or plain"
                 ) from unsupported
+    problem = plain_path_problem(config)  # of a run that was expected on the engine
+    if problem is not None:
+        raise ConfigError(f"{problem} (plain path: {reason})")
     if config.data.packing:
         check_packing(model, device, list(dataset.train[:2]))
     return PlainPath(model, device, level in ("attention", "full", "offload")), f"plain path: {reason}"
@@ -53,4 +59,12 @@ def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:
 
 def optimizer_for(model: nn.Module, path: Path, config: RunConfig) -> MasterOptimizer:
     """The optimizer of a run; the engine keeps all adapters in one vector, which is then one tensor to update."""
-    return MasterOptimizer(trainable(model), config.train, path.vectors if isinstance(path, EnginePath) else None)
+    parameters = trainable(model)
+    vectors = path.vectors if isinstance(path, EnginePath) else None
+    return MasterOptimizer(parameters, config.train, vectors, rates(parameters, config.method))
+
+
+def rates(parameters: Iterable[str], method: MethodConfig) -> dict[str, float]:
+    """What multiplies the learning rate, by name: that of B in LoRA+ (arXiv:2402.12354)."""
+    ratio = method.lora_plus_ratio if isinstance(method, LoraConfig) else 1.0
+    return {} if ratio == 1.0 else {name: ratio for name in parameters if ".lora_B." in name}

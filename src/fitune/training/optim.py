@@ -35,6 +35,8 @@ class MasterOptimizer:
         vectors: where a path keeps all parameters, and all their gradients in fp32, in one vector each: values,
             gradients, and the parameters in their order. Adam then updates one tensor instead of looping over hundreds
             of small ones.
+        rates: what the learning rate of a parameter is multiplied with, by name; 1 for those not named. Parameters
+            with different rates are always updated apart.
     Memory: 12 bytes per trainable parameter in fp32 (master or parameter, two states), 16 with its gradient.
     """
 
@@ -43,14 +45,16 @@ class MasterOptimizer:
         parameters: Mapping[str, nn.Parameter],
         config: TrainConfig,
         vectors: Vectors | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         dtype = MASTER_DTYPES[config.optimizer_dtype]
+        rates = rates or {}
         self.parameters = dict(parameters)
         self.masters: dict[str, nn.Parameter] = {}
-        self._vector = _vector(self.parameters, config, vectors)
+        self._vector = None if rates else _vector(self.parameters, config, vectors)
         if self._vector is not None:
             self.masters = self._vector.masters(self.parameters)
-            self._adam = _build_adam([self._vector.values], config)
+            self._adam = _build_adam([_group([self._vector.values])], config)
             return
         for name, parameter in self.parameters.items():
             if parameter.dtype == dtype == _gradient_dtype(parameter):
@@ -59,7 +63,10 @@ class MasterOptimizer:
             master = nn.Parameter(parameter.detach().to(dtype))  # the same memory if only the gradient differs
             parameter.register_post_accumulate_grad_hook(_moves_gradient_to(master))  # type: ignore[no-untyped-call]
             self.masters[name] = master
-        self._adam = _build_adam(list(self.masters.values()), config)
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            by_rate.setdefault(rates.get(name, 1.0), []).append(master)
+        self._adam = _build_adam([_group(masters, rate) for rate, masters in by_rate.items()], config)
 
     def gradients(self) -> list[torch.Tensor]:
         """Accumulated gradients of all masters that have one.
@@ -79,7 +86,7 @@ class MasterOptimizer:
     def step(self, learning_rate: float) -> None:
         """Update masters, then the parameters they stand for."""
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         if self._vector is not None:
             self._vector.values.grad = self._vector.gradient
         self._adam.step()
@@ -223,7 +230,11 @@ def _moves_gradient_to(master: nn.Parameter) -> Any:
     return move
 
 
-def _build_adam(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _group(masters: list[nn.Parameter], rate: float = 1.0) -> dict[str, Any]:
+    return {"params": masters, "rate": rate}
+
+
+def _build_adam(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -231,14 +242,14 @@ def _build_adam(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(masters, fused=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     try:
         bitsandbytes = import_bitsandbytes()
     except ImportError as error:
         raise MissingDependencyError(
             "train.optimizer=adamw8bit needs bitsandbytes: pip install 'fitune[bnb]', or use train.optimizer=adamw"
         ) from error
-    return bitsandbytes.optim.AdamW8bit(masters, **settings)  # type: ignore[no-any-return]
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)  # type: ignore[no-any-return]
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

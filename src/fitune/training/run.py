@@ -25,9 +25,13 @@ from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
-from fitune.model.folder import inspect_folder, resolve_folder
-from fitune.model.load import count_parameters, load_base, pick_device, pick_dtype
-from fitune.model.quantize import emulation_note
+from fitune.methods.prompts import check_text
+from fitune.model.adapter import check_base, with_adapter
+from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder, with_stored_quantization
+from fitune.model.load import count_parameters, fingerprint, load_base, pick_device, pick_dtype
+from fitune.model.quantize import emulation_note, use_int8
+from fitune.plan.arch import ArchSpec
+from fitune.plan.checks import check_run, known_arch
 from fitune.training import checkpoint, loop, samples
 from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import memory_errors, process_state, set_up_device
@@ -61,9 +65,10 @@ class Result:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is known before any weight is read."""
+    """What is known before any weight is read; `start`: an adapter to begin with, instead of the method's own start."""
 
     config: RunConfig
+    start: Path | None
     model_folder: Path
     tokenizer: Tokenizer
     dataset: Dataset
@@ -83,7 +88,7 @@ def train(config: RunConfig, *, quiet: bool = False, replace: bool = False) -> R
     target = Path(config.output.dir or "runs/run")
     RunFolder.check_free(target, replace)
     with process_state(), StopRequest() as stop:
-        prepared = _prepare(config, quiet)
+        prepared = _prepare(config, quiet, anew=True)
         session = _assemble(prepared, target, stop, quiet)
         need_bytes = (config.train.keep_checkpoints + 2) * _checkpoint_bytes(session)
         session.folder = RunFolder.create(target, dump(prepared.config), replace=replace, need_bytes=need_bytes)
@@ -105,7 +110,7 @@ def resume(run: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> 
         changes = check_changes(stored, config) if stored else list(overrides)
         if stored:  # bit-identical sums need the same number of threads
             torch.set_num_threads(min(stored.manifest["facts"]["num_threads"], os.cpu_count() or 1))
-        prepared = _prepare(config, quiet)
+        prepared = _prepare(config, quiet, anew=stored is None)
         session = _assemble(prepared, folder.path, stop, quiet)
         for text in (*problems, *(f"changed: {change}" for change in changes)):
             session.note(text)
@@ -143,30 +148,49 @@ def _finished(folder: RunFolder) -> bool:
 
 
 def _checkpoint_bytes(session: Session) -> int:
-    """Room for one checkpoint: trainable weights, masters and two states in fp32."""
-    return 16 * count_parameters(session.model)[0]
+    """Room for one checkpoint: trainable weights, the result where it is another, masters and two states in fp32."""
+    stored = [session.method.state(session.model), session.method.result(session.model) or {}]
+    weights = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
+    return weights + 12 * count_parameters(session.model)[0]
 
 
-def _prepare(config: RunConfig, quiet: bool) -> _Prepared:
-    """Everything that can go wrong before the model loads goes wrong here."""
+def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
+    """Everything that can go wrong before the model loads goes wrong here.
+
+    Args:
+        anew: the run has no checkpoint, so it starts from method.adapter if that is set.
+    """
     if not config.data.train:
         raise ConfigError("data.train is not set; give one or more .json or .jsonl files: data.train=FILE")
     device = pick_device(config.train.device)
-    config = _with_facts_of_this_machine(config, device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
+    config = with_stored_quantization(config, model_folder)
+    arch, start = known_arch(raw.config), None
+    if anew:
+        config, start = _from_adapter(config, arch, raw, model_folder)
+    config = _with_facts_of_this_machine(config, device)
     keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
     longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
-    if isinstance(longest, int) and config.data.max_length > longest:
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but this model has {longest} positions; "
-            f"set data.max_length={longest} or less"
-        )
+    check_run(config, arch, longest if isinstance(longest, int) else None)
     tokenizer = Tokenizer.load(model_folder)
+    check_text(config.method, tokenizer)
     resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
     if not quiet:
         print(f"reading {', '.join(config.data.train)}", file=sys.stderr, flush=True)
-    return _Prepared(config, model_folder, tokenizer, prepare(config.data, tokenizer), device)
+    return _Prepared(config, start, model_folder, tokenizer, prepare(config.data, tokenizer), device)
+
+
+def _from_adapter(
+    config: RunConfig, arch: ArchSpec | None, raw: ModelFolder, folder: Path
+) -> tuple[RunConfig, Path | None]:
+    """The configuration with the settings of method.adapter, and its folder; it must belong to this base."""
+    config = with_adapter(config, arch)
+    adapter: str | None = getattr(config.method, "adapter", None)
+    if adapter is None:
+        return config, None
+    check_base(Path(adapter), folder, fingerprint(folder, raw.weight_files), must_say=False)
+    return config, Path(adapter)
 
 
 def _with_facts_of_this_machine(config: RunConfig, device: torch.device) -> RunConfig:
@@ -188,6 +212,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     assert config.model.dtype is not None, "resolved"
     with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     if base.vocab_size < prepared.tokenizer.vocab_size:
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
@@ -197,6 +222,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     with memory_errors(config, "adding trainable weights", None):
         torch.manual_seed(config.train.seed)  # adapter initialisation
         model = method.apply(base, config.method)
+        if prepared.start is not None:
+            method.load(model, prepared.start)
     with memory_errors(config, "preparing the micro-steps", None):
         path, path_note = choose_path(model, base, config, dataset)
         optimizer = optimizer_for(model, path, config)
@@ -267,7 +294,7 @@ def _introduce(session: Session) -> None:
         f"tokens; {layout}"
     )
     if summary["template_note"]:
-        session.display.note(summary["template_note"])
+        session.display.note(str(summary["template_note"]))
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"
@@ -275,6 +302,8 @@ def _introduce(session: Session) -> None:
         f"model: {config.model.path}, {config.model.dtype}{stored} on {session.device}; {config.method.name} trains "
         f"{trained:,} of {total:,} parameters ({trained / total:.4%})"
     )
+    if getattr(config.method, "adapter", None) is not None:
+        session.display.note(f"the run began with the adapter in {config.method.adapter}")  # type: ignore[union-attr]
     session.display.note(session.path_note)
     emulated = emulation_note(session.model)
     if emulated:

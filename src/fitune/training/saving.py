@@ -60,7 +60,7 @@ def save(session: Session, state: State) -> None:
     def write(folder: Path) -> None:
         weights = folder / session.method.folder
         weights.mkdir()
-        session.method.save(session.model, weights, base_facts(session))
+        session.method.save(session.model, weights, base_facts(session), to_resume=True)
         checkpoint.save_tensors(folder / OPTIMIZER, session.optimizer.state(), require_finite=True)
         write_json(folder / STATE, state.to_json())
 
@@ -149,5 +149,9 @@ def publish(session: Session, state: State) -> int:
 
 
 def base_facts(session: Session) -> dict[str, Any]:
-    """What an adapter records about the model it belongs to."""
-    return {"base_model": session.config.model.path, "base_fingerprint": session.facts["base_fingerprint"]}
+    """What an adapter records about the model it belongs to, and how it was trained."""
+    return {
+        "base_model": session.config.model.path,
+        "base_fingerprint": session.facts["base_fingerprint"],
+        "settings": session.config.method.model_dump(mode="json", exclude={"name", "adapter"}),
+    }
