@@ -270,13 +270,16 @@ def dkv_kernel(
     first, before, inner, masked = _query_blocks(start, end, until, n0, T, BLOCK_M, BLOCK_N, PREFIX)
     dk_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    # What the loops divide by. Zero would be undefined even where a loop does not run: the pipeliner computes addresses of
+    # its first rounds in front of it, from which the compiler may conclude that it does run.
+    masked_each, inner_each = tl.maximum(masked, 1), tl.maximum(inner, 1)
     head = kv_head
     slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
     for i in tl.range(0, masked * GROUP):
         block = i
         if GROUP > 1:
-            head = kv_head * GROUP + i // masked
-            block = i % masked
+            head = kv_head * GROUP + i // masked_each
+            block = i % masked_each
             slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         m0 = first + (block + tl.where(block >= before, inner, 0)) * BLOCK_M
         row_M = m0 + column_M
@@ -294,8 +297,8 @@ def dkv_kernel(
     for i in tl.range(0, inner * GROUP):
         block = before + i
         if GROUP > 1:
-            head = kv_head * GROUP + i // inner
-            block = before + i % inner
+            head = kv_head * GROUP + i // inner_each
+            block = before + i % inner_each
             slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         m0 = first + block * BLOCK_M
         row_M = m0 + column_M

@@ -156,7 +156,10 @@ def _block_differences(
         if fast_gradient is not None and x.grad is not None:
             yield _difference(fast_gradient, x.grad, gradient if beside else None), f"the input of block {number}"
         for name, wanted in expected.items():
-            yield _difference(found[name], wanted), f"{name.removesuffix('.default.weight')} in block {number}"
+            shown = f"{name.removesuffix('.default.weight')} in block {number}"
+            yield _difference(found[name], wanted), shown
+            for part, *pair in _fused_parts(engine, name, found[name], wanted):
+                yield _difference(*pair), f"{part} of {shown}"
     for parameter in trainable(model).values():
         parameter.grad = None
 
@@ -189,6 +192,22 @@ def _run_block(
     x_TH, gradient_TH = (F.pad(rows_TH, (0, 0, count, 0)) for rows_TH in (x_TH, gradient_TH))
     out_TH, below_TH = engine.run_block(number, batch, x_TH, gradient_TH)
     return out_TH[count:], None if below_TH is None else below_TH[count:]
+
+
+def _fused_parts(
+    engine: EnginePath, name: str, *tensors: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Gradients of queries, keys and values in one projection's B or bias, where that of values hides the others.
+
+    The keys' bias is left out: it shifts all scores of a query alike, if keys are not turned, so its gradient is noise.
+    """
+    spec, shape = engine.blocks[0].spec, engine.shape
+    if not spec.fused or not name.startswith(spec.qkv[0]) or ".lora_A." in name:
+        return
+    found, wanted = (tensor.view(shape.heads, 3, shape.head_dim, -1).unbind(1) for tensor in tensors)
+    for part, *pair in zip(("queries", "keys", "values"), found, wanted, strict=True):
+        if part != "keys" or ".lora_B." in name:
+            yield part, pair[0], pair[1]
 
 
 def _mask_difference(engine: EnginePath) -> tuple[float, str]:
