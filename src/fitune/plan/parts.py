@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fitune.config import LoraConfig
+from fitune.config import LoraConfig, new_tokens
 from fitune.plan.hardware import MIB, NUM_WORKSPACES
 from fitune.plan.job import Job
 from fitune.plan.saves import (
@@ -106,7 +106,8 @@ def _starts(job: Job) -> Part:
 
 
 def _copies(job: Job) -> Part:
-    count = job.stored("copy")
+    """Whole modules; PEFT puts the rows of new tokens into a copy of the head for each product."""
+    count = job.stored("copy") + (job.arch.vocab * job.arch.hidden if new_tokens(job.method) else 0)
     return Part("modules trained whole", count * job.dtype_bytes, f"{count:,} parameters x {job.dtype_bytes} B")
 
 
