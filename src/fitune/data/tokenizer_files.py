@@ -96,10 +96,11 @@ class TokenizerFiles:
         backend.add_tokens(added)
         contents = {**self.contents, "tokenizer.json": backend.to_str().encode("utf-8")}
         config = self.json("tokenizer_config.json")
-        if isinstance(config.get("added_tokens_decoder"), dict):
+        decoder = config.get("added_tokens_decoder")
+        if isinstance(decoder, dict):
             flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
             entries = {str(backend.token_to_id(text)): {"content": text, **flags} for text in texts}
-            config = {**config, "added_tokens_decoder": {**config["added_tokens_decoder"], **entries}}
+            config = {**config, "added_tokens_decoder": {**decoder, **entries}}
             contents["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode("utf-8")
         return TokenizerFiles(self.folder, contents, self.note)
 
