@@ -1,7 +1,8 @@
 """Write the generated pages of docs/: run by `make docs`; the suite checks that they are current.
 
 docs/errors.md runs every case of tests/errors/cases.py through the command line and keeps what it printed;
-docs/memory.md has a table of planned bytes.
+docs/memory.md has a table of planned bytes; docs/tutorial.md and its translation have two, made by tutorial_tables.py;
+docs/images/ is drawn by make_pictures.py; docs/matrix.md says which families, methods and precisions go together.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def memory_table() -> str:
     from fitune.config import build
     from fitune.plan.arch import read_arch
     from fitune.plan.memory import plan_memory
-    from fitune.plan.parts import PHASES, READY, STEP, TERMS
+    from fitune.plan.part import PHASES, READY, STEP
+    from fitune.plan.parts import TERMS
     from plan.shapes import LLAMA_1B, LLAMA_8B
 
     def plan(config: dict, method: dict, length: int, quantization: str = "none", **train: object):
@@ -161,11 +163,19 @@ def methods_page(text: str) -> str:
 
 def main() -> None:
     """Write every generated page."""
+    import make_pictures
     from fitune.config.reference import as_markdown
+    from matrix.cells import docs_page
+    from tutorial_tables import WORDS, tutorial_page
 
     (DOCS / "configuration.md").write_text(as_markdown(), encoding="utf-8")
+    (DOCS / "matrix.md").write_text(docs_page(), encoding="utf-8")
     page = DOCS / "memory.md"
     page.write_text(memory_page(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in WORDS:
+        page = DOCS / name
+        page.write_text(tutorial_page(name, page.read_text(encoding="utf-8")), encoding="utf-8")
+    make_pictures.main()
     page = DOCS / "methods.md"
     page.write_text(methods_page(page.read_text(encoding="utf-8")), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:

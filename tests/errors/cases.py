@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from original_chatglm import write_folder
+
 GOOD = {"instruction": "say hello", "output": "hello"}
 
 
@@ -99,6 +101,17 @@ def _model(what: str, says: str, damage: Callable[[Path], None]) -> Case:
         return place.config(f"model.path={folder}")
 
     return Case("Model folders", what, build, 2, says)
+
+
+def _chatglm(what: str, says: str, **changes: object) -> Case:
+    """An original ChatGLM folder whose config.json is changed."""
+
+    def build(place: Place) -> list[str]:
+        folder = write_folder(place.folder / "chatglm")
+        _edit_json(folder / "config.json", **changes)
+        return place.config(f"model.path={folder}", "data.template=auto")
+
+    return Case("Original ChatGLM folders", what, build, 2, says)
 
 
 def _run(what: str, says: str, damage: Callable[[Path], None], code: int = 6, *overrides: str) -> Case:
@@ -252,6 +265,8 @@ CONFIGURATION = (
     _setting("unknown quantization", "'none', 'int8', 'nf4', 'fp4' or 'fp8'", "model.quantization=int4"),
     _setting("full fine-tuning of quantized weights", "Set model.quantization=none or method.name=lora",
              "model.quantization=nf4", "method.name=full"),
+    _setting("LLM.int8() of other weights", "set model.quantization=int8 or model.int8_compute=weight_only",
+             "model.quantization=nf4", "model.int8_compute=llm_int8"),
     _setting("unknown template", "tutorial", "data.template=tutorail"),
     _setting("template whose tokens the tokenizer lacks", "<|im_start|>", "data.template=chatml"),
     _setting("longer than the model's positions", "256 positions", "data.max_length=1000"),
@@ -336,6 +351,16 @@ PLANS = (
     _plan("rows that training would refuse", "bad.jsonl:1", {}, 3, "data.train=ROWS"),
 )
 
+CHATGLM = (
+    _chatglm("weights packed into integers", "`quantization_bit` is 4", quantization_bit=4),
+    _chatglm("a prefix encoder beside the model", "`pre_seq_len` is 128", pre_seq_len=128),
+    _chatglm("neither version 2 nor 3", "ChatGLM2 or ChatGLM3?", _name_or_path="mine"),
+    Case("Original ChatGLM folders", "nothing to convert",
+         lambda p: ["convert", str(p.model), str(p.folder / "glm")], 2, "is a llama folder, which needs no conversion"),
+    Case("Original ChatGLM folders", "converted over something",
+         lambda p: ["convert", str(write_folder(p.folder / "chatglm")), str(p.model)], 2, "not an empty folder"),
+)  # fmt: skip
+
 METHODS = (
     _method("a setting of another method", "it belongs to method.name=lora", "prompt", "method.r=8"),
     _method("a text start without a text", "method.init_text is not set", "prompt", "method.init=text"),
@@ -344,10 +369,11 @@ METHODS = (
     _method("rows and virtual tokens beyond the positions", "together are more than the 256 positions", "prefix",
             "data.max_length=250"),
     _method("a prefix with recomputation", "train.activation_checkpointing=false, or use method.name=prompt", "prefix",
-            "train.activation_checkpointing=true"),
+            "train.activation_checkpointing=true", "train.path=plain"),
     _method("virtual tokens in packed rows", "of several rows in one sequence only the first", "prompt",
-            "data.packing=true"),
-    _method("virtual tokens on the fast path", "the engine trains LoRA adapters", "ptuning", "train.path=fast"),
+            "data.packing=true", "train.path=plain"),
+    _method("factors the engine does not have", "IA3's factors on other layers", "ia3", "train.path=fast",
+            "method.target_modules=linear"),
     _method("a projected prefix that starts as a text", "set method.init=random or method.projection=false", "prefix",
             "method.projection=true", "method.init=text", "method.init_text=hello"),
     _method("dropout without an LSTM", "set method.encoder=lstm", "ptuning", "method.dropout=0.1"),
@@ -382,4 +408,4 @@ METHODS = (
     Case("Methods", "merging virtual tokens", _merged_prompts, 2, "no weights of the model could hold them"),
 )  # fmt: skip
 
-CASES = (*ROWS, *CONFIGURATION, *METHODS, *MODELS, *RUNS, *PLANS)
+CASES = (*ROWS, *CONFIGURATION, *MODELS, *CHATGLM, *METHODS, *RUNS, *PLANS)

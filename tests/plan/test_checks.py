@@ -20,15 +20,15 @@ PREFIX = {"name": "prefix"}
 RECOMPUTED = "hands its keys and values to transformers in a cache"
 REFUSED = [
     ({"name": "bitfit"}, {}, r"has none; use method\.name=lora"),
-    (PREFIX, {"train": {"activation_checkpointing": True}}, RECOMPUTED),
-    (PREFIX, {"train": {"activation_checkpointing": "full"}}, RECOMPUTED),
-    (PREFIX, {"train": {"activation_checkpointing": "attention"}}, RECOMPUTED),
-    (PREFIX, {"train": {"activation_checkpointing": "offload"}}, RECOMPUTED),
-    *(({"name": name}, {"data": {"packing": True}}, f"method.name={name} puts virtual tokens in front of each sequence")
+    *((PREFIX, {"train": {"activation_checkpointing": setting, "path": "plain"}}, RECOMPUTED)
+      for setting in (True, "full", "attention", "offload")),
+    *(({"name": name}, {"data": {"packing": True}, "train": {"path": "plain"}},
+       f"method.name={name} puts virtual tokens in front of each sequence")
       for name in ("prompt", "ptuning", "prefix")),
     (PREFIX, {"data": {"max_length": 250}}, r"max_length \(250\) and method.num_virtual_tokens \(20\) together"),
     ({"name": "ia3"}, {"data": {"max_length": 257}}, r"has 256 positions; set data\.max_length=256 or less"),
-    ({"name": "ia3"}, {"train": {"path": "fast"}}, "train.path=fast, but the engine cannot run this: method.name=ia3"),
+    ({"name": "full"}, {"train": {"path": "fast"}}, "path=fast, but the engine cannot run this: method.name=full"),
+    ({"name": "ia3", "target_modules": "linear"}, {"train": {"path": "fast"}}, "this: IA3's factors on other layers"),
     ({"name": "lora", "dora": True}, {"train": {"path": "fast"}}, "cannot run this: DoRA"),
     ({"name": "lora", "r": 40, "init": "olora"}, {}, "has only 32 singular values"),
     ({"name": "lora", "modules_to_save": ["up_proj"]}, {}, "linear layers of the blocks get adapters"),

@@ -243,3 +243,26 @@ def test_the_numbers_of_the_readmes(yaml, capsys):
     shown = " ".join(peak.split())
     for name in ("README.md", "README.zh-CN.md"):
         assert shown in (ROOT / name).read_text(encoding="utf-8"), f"write into {name}: {shown}"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_original_chatglm_folder(shared, rows_file, tmp_path, capsys, version):
+    """No weights, no conversion, none of the code that its config.json asks for; lengths from tokenizer.model."""
+    folder = tmp_path / "chatglm"
+    folder.mkdir()
+    shutil.copyfile(shared / f"configs/chatglm{version}-6b/config.json", folder / "config.json")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {folder}, dtype: bf16}}\ndata: {{train: {rows_file}}}\n")
+    targets = "method.target_modules=[q_proj, k_proj, v_proj]"
+    for overrides, trained in (([targets], 3_784_704), (["method.name=bitfit"], 129_024)):
+        code, out, _ = run(capsys, "params", file, *overrides, "--json")
+        found = json.loads(out)
+        assert (code, found["trainable_parameters"], found["base_parameters"]) == (0, trained, 6_243_584_000)
+    _, out, _ = run(capsys, "plan", file)
+    assert "lengths unknown: planned at max_length" in out
+    shutil.copyfile(shared / "tokenizers/chatglm3-6b/tokenizer.model", folder / "tokenizer.model")
+    code, out, _ = run(capsys, "plan", file, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert 2 * 6_243_584_000 < plan["peak_bytes"] < 16e9
+    assert "tokens in 4 rows" in run(capsys, "plan", file)[1]

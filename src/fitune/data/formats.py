@@ -115,6 +115,7 @@ def _messages(row: Row, problems: list[str]) -> Parsed:
     messages = _system(row, problems)
     outside = len(messages)
     messages += [_turn(f"{key}[{i}]", turn, problems) for i, turn in enumerate(turns)]
+    outside = _join_tools(row, messages, outside)
     if all(message.role for message in messages[outside:]):
         _check_order([f"{key}[{i}]" for i in range(len(turns))] or [key], messages, outside, problems)
     return Parsed(tuple(messages), None)
@@ -146,6 +147,7 @@ def _prompt_completion(row: Row, problems: list[str]) -> Parsed:
         else:
             messages.append(Message(role, _filled(row, key, empty, problems)))
             names.append(key)
+    outside = _join_tools(row, messages, outside)
     if names and all(message.role for message in messages[outside:]):
         _check_order(names, messages, outside, problems)
     return Parsed(tuple(messages), None)
@@ -228,14 +230,29 @@ def _check_order(names: list[str], messages: list[Message], outside: int, proble
 def _system(row: Row, problems: list[str]) -> list[Message]:
     """The `system` key, with the row's tools written after it, as a message."""
     system = _optional(row, "system", problems) or ""
+    tools = _tools(row, problems)
+    if tools:
+        return [system_turn(system, tools)]
+    return [Message("system", system)] if system.strip() else []
+
+
+def _tools(row: Row, problems: list[str]) -> str:
     tools = row.get("tools")
     if isinstance(tools, list):
         tools = json.dumps(tools, ensure_ascii=False) if tools else ""
     if tools is not None and not isinstance(tools, str):
         problems.append(f"tools: must be text or a list, got {describe(tools)}")
     elif tools and tools.strip() not in ("", "[]"):
-        return [system_turn(system, _check_text("tools", tools, problems))]
-    return [Message("system", system)] if system.strip() else []
+        return _check_text("tools", tools, problems)
+    return ""
+
+
+def _join_tools(row: Row, messages: list[Message], outside: int) -> int:
+    """Put a row's tools into the system turn that its conversation begins with; how many messages stand outside now."""
+    if outside and messages[0].plain == "" and len(messages) > 1 and messages[1].role == "system":
+        messages[:2] = [system_turn(messages[1].content, _tools(row, []))]
+        return 0
+    return outside
 
 
 def _text(row: Row, problems: list[str]) -> Parsed:

@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     Args:
         source: the jinja text.
         needs: special tokens that the tokenizer must have.
-        first: special token with which what the tokenizer puts in front of a text must begin.
+        first: special token that stands first, and after it the one two ids further: [gMASK] and sop, by any name.
         writes_bos: it begins with bos by itself; before the others comes whatever the tokenizer puts in front.
         last_answer_only: earlier answers are part of the prompt, in one piece with what stands around them, and not
             learnt.
@@ -109,16 +109,20 @@ _LLAMA3 = r"""
 
 # ChatGLM3. The space after the line break is SentencePiece's dummy space: the original encodes role and content apart.
 # `metadata` names a called tool. What begins the next turn ends an answer. `plain` and `tools_json` are keys of a
-# system turn that fitune fills from rows with tools; `tools`, a list, is the original's own.
+# system turn that fitune fills from rows with tools; the original has a list `tools` there, transformers one beside it.
 _CHATGLM3 = r"""
+{%- set opening = 'Answer the following questions as best as you can. You have access to the following tools:' -%}
+{%- if tools and messages[0]['role'] != 'system' -%}
+  {{- '<|system|>\n ' + opening + '\n' + tools | tojson(indent=4) -}}
+{%- endif -%}
 {%- for message in messages -%}
   {%- set role = 'observation' if message['role'] == 'tool' else message['role'] -%}
   {%- set content = message['content'] -%}
+  {%- set offered = message['tools'] or (tools if loop.first and role == 'system') -%}
   {%- if message['tools_json'] is string -%}
-    {%- set opening = 'Answer the following questions as best as you can. You have access to the following tools:' -%}
     {%- set content = (message['plain'] or opening) + '\n' + message['tools_json'] -%}
-  {%- elif message['tools'] -%}
-    {%- set content = content + '\n' + message['tools'] | tojson(indent=4) -%}
+  {%- elif offered -%}
+    {%- set content = content + '\n' + offered | tojson(indent=4) -%}
   {%- endif -%}
   {%- set metadata = message['metadata'] if message['metadata'] is string else '' -%}
   {%- set text = metadata + '\n' + (' ' + content if content else '') -%}

@@ -111,7 +111,7 @@ class Template:
         ends = [i for i, token in enumerate(ids) if token == self._tokenizer.next_id]
         turns = [self._tokenizer.decode(ids[start + 1 : end]) for start, end in pairwise([-1, *ends, len(ids)])]
         text = "\n".join(_without_lead(turn, self._lead) for turn in turns)
-        if layout_of(self._tokenizer.special_tokens):  # as ChatGLM's own code
+        if self._tokenizer.blank:  # as ChatGLM-6B's own code
             text = text.strip().replace("[[训练时间]]", "2023年")
         return text
 
@@ -306,11 +306,6 @@ def resolve_template(name: str, tokenizer: Tokenizer) -> Template:
             f"data.template {name} needs the special token{'s' * (len(missing) > 1)} {_listed(missing, 'and')}, which "
             f"the tokenizer of {tokenizer.folder} does not have; use tutorial or alpaca"
         )
-    if layout.first and tokenizer.prefix_ids[:1] != (tokenizer.special_tokens[layout.first],):
-        raise ConfigError(
-            f"data.template {name} needs a tokenizer that puts {layout.first} first; that of {tokenizer.folder} does "
-            "not. Use tutorial or alpaca"
-        )
     return Template(name, _prefix(layout, tokenizer) + layout.source, tokenizer, note)
 
 
@@ -324,15 +319,19 @@ def _automatic(tokenizer: Tokenizer) -> tuple[str, str | None]:
 
 
 def _prefix(layout: Layout, tokenizer: Tokenizer) -> str:
-    """Jinja that writes what the tokenizer puts before a text, unless the layout does so itself."""
-    if layout.writes_bos or not tokenizer.prefix_ids:
+    """Jinja that writes what stands before the first turn, unless the layout does so itself."""
+    ids = tokenizer.prefix_ids
+    if layout.first:
+        start = tokenizer.special_tokens[layout.first]
+        ids = (start, start + 2)
+    if layout.writes_bos or not ids:
         return ""
-    if tokenizer.prefix_ids == (tokenizer.bos_id,):
+    if ids == (tokenizer.bos_id,):
         return "{{- bos_token -}}"
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
-    if not texts.keys() >= set(tokenizer.prefix_ids):
-        raise ConfigError(f"{tokenizer.folder}: puts ids {tokenizer.prefix_ids} first, which are no special tokens")
-    return write_first([texts[i] for i in tokenizer.prefix_ids])
+    if not texts.keys() >= set(ids):
+        raise ConfigError(f"{tokenizer.folder}: ids {ids} should stand first, but they are not all special tokens")
+    return write_first([texts[i] for i in ids])
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:

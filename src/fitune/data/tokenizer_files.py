@@ -66,6 +66,10 @@ class TokenizerFiles:
         config = found.json("config.json")
         if is_original(config) and not is_version_1(config):
             return found._converted()
+        if is_original(config) and ice_text.FILE not in contents:  # transformers would ask whether to run code
+            raise ConfigError(
+                f"{folder}: has no {ice_text.FILE}, with which ChatGLM-6B is published; download it again"
+            )
         if not contents.keys() & {"tokenizer.json", "tokenizer.model", ice_text.FILE}:
             raise ConfigError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model)")
         return found

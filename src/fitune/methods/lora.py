@@ -20,6 +20,7 @@ from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
 from fitune.methods import adapters
 from fitune.methods.base import Method, Tensors
+from fitune.methods.merging import lora_edits
 from fitune.model.families import target_modules, whole_modules
 from fitune.model.libraries import import_peft
 from fitune.model.load import Base
@@ -218,4 +219,5 @@ LORA = Method(
     open=adapters.open_adapter,
     merge=adapters.merge,
     result=_result,
+    edits=lora_edits,
 )

@@ -59,7 +59,8 @@ def glm_weights(original: Mapping[str, torch.Tensor], arch: ArchSpec, source: Pa
             if tensor.shape[:1] != (sum(rows),):
                 raise ConfigError(f"{source}: {name} has {list(tensor.shape)} values; {sum(rows)} rows are needed")
             # Blocks of rows, all queries first; not head by head as in version 1.
-            for i, (path, part) in enumerate(zip(_SPLIT, tensor.split(rows), strict=True)):
+            parts = tensor.split(rows)  # type: ignore[no-untyped-call]  # torch's own
+            for i, (path, part) in enumerate(zip(_SPLIT, parts, strict=True)):
                 found[f"model.layers.{block[1]}.{path}.{block[3]}"] = part.clone() if i else part
         elif name != _DROPPED:
             raise ConfigError(f"{source}: {name[:100]!r} is no weight of ChatGLM2 or ChatGLM3; give the plain model")

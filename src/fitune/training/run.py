@@ -27,9 +27,9 @@ from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneErr
 from fitune.methods import METHODS
 from fitune.methods.prompts import check_text
 from fitune.model.adapter import check_base, with_adapter
-from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder
+from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder, with_stored_quantization
 from fitune.model.load import count_parameters, fingerprint, load_base, pick_device, pick_dtype
-from fitune.model.quantize import emulation_note
+from fitune.model.quantize import emulation_note, use_int8
 from fitune.plan.arch import ArchSpec
 from fitune.plan.checks import check_run, known_arch
 from fitune.training import checkpoint, loop, samples
@@ -165,6 +165,7 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     device = pick_device(config.train.device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
+    config = with_stored_quantization(config, model_folder)
     arch, start = known_arch(raw.config), None
     if anew:
         config, start = _from_adapter(config, arch, raw, model_folder)
@@ -211,6 +212,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     assert config.model.dtype is not None, "resolved"
     with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     if base.vocab_size < prepared.tokenizer.vocab_size - len(prepared.tokenizer.new_tokens):
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
@@ -292,7 +294,7 @@ def _introduce(session: Session) -> None:
         f"tokens; {layout}"
     )
     if summary["template_note"]:
-        session.display.note(summary["template_note"])
+        session.display.note(str(summary["template_note"]))
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"
