@@ -392,6 +392,7 @@ METHODS = (
             "method.r=40"),
     _method("a linear layer trained whole", "linear layers of the blocks get adapters", "lora",
             "method.modules_to_save=[q_proj]"),
+    _method("a new token that is none", "is a token of", "lora", "method.new_tokens=[a]"),
     Case("Methods", "no adapter to start from", lambda p: p.config("method.adapter=/none/here"), 2, "no run with an adapter"),
     Case("Methods", "a model given as an adapter", lambda p: p.config(f"method.adapter={p.model}"), 2,
          "give it as model.path"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fitune.config import LoraConfig
+from fitune.config import LoraConfig, new_tokens
 from fitune.plan.hardware import MIB, NUM_WORKSPACES
 from fitune.plan.job import Job
 from fitune.plan.part import AGAIN, READY, STEP, Part
@@ -91,7 +91,8 @@ def _starts(job: Job) -> Part:
 
 
 def _copies(job: Job) -> Part:
-    count = job.stored("copy")
+    """Whole modules; PEFT puts the rows of new tokens into a copy of the head for each product."""
+    count = job.stored("copy") + (job.arch.vocab * job.arch.hidden if new_tokens(job.method) else 0)
     return Part("modules trained whole", count * job.dtype_bytes, f"{count:,} parameters x {job.dtype_bytes} B")
 
 
