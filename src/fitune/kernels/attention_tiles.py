@@ -270,8 +270,8 @@ def dkv_kernel(
     first, before, inner, masked = _query_blocks(start, end, until, n0, T, BLOCK_M, BLOCK_N, PREFIX)
     dk_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    # What the loops divide by. Zero would be undefined even where a loop does not run: the pipeliner computes addresses of
-    # its first rounds in front of it, from which the compiler may conclude that it does run.
+    # What the loops divide by. Zero would be undefined even where a loop does not run: the pipeliner computes the
+    # addresses of its first rounds in front of it, from which the compiler may conclude that it does run.
     masked_each, inner_each = tl.maximum(masked, 1), tl.maximum(inner, 1)
     head = kv_head
     slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
