@@ -28,7 +28,7 @@ REFUSED = [
     (PREFIX, {"data": {"max_length": 250}}, r"max_length \(250\) and method.num_virtual_tokens \(20\) together"),
     ({"name": "ia3"}, {"data": {"max_length": 257}}, r"has 256 positions; set data\.max_length=256 or less"),
     ({"name": "full"}, {"train": {"path": "fast"}}, "path=fast, but the engine cannot run this: method.name=full"),
-    ({"name": "ia3", "target_modules": "linear"}, {"train": {"path": "fast"}}, "run this: IA3's factors on other layers"),
+    ({"name": "ia3", "target_modules": "linear"}, {"train": {"path": "fast"}}, "this: IA3's factors on other layers"),
     ({"name": "lora", "dora": True}, {"train": {"path": "fast"}}, "cannot run this: DoRA"),
     ({"name": "lora", "r": 40, "init": "olora"}, {}, "has only 32 singular values"),
     ({"name": "lora", "modules_to_save": ["up_proj"]}, {}, "linear layers of the blocks get adapters"),
