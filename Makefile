@@ -1,5 +1,6 @@
 # make demo   train LoRA on the small model inside fitune and print what it learnt (a minute or two on two cores)
 # make test   the whole suite, on CPU, without network
+# make matrix every family x method x precision x checkpointing on tiny models; rewrites docs/results/matrix.md
 # make check  style, types, import layers, size caps
 #
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch's CPU builds instead of gigabytes of CUDA.
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test check format docs kill-test clean
+.PHONY: demo test matrix check format docs kill-test clean
 
 # The stamp changes with the files that decide what is installed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -24,6 +25,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+matrix: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/matrix --cells all
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -123,6 +123,8 @@ def test_folders_that_cannot_be_read(tmp_path):
         load()
     with pytest.raises(ConfigError, match=r"tokenizer.model: is not that of ChatGLM: it is no BPE model"):
         load(model=sentencepiece_file(trainer={3: 1}))
+    with pytest.raises(ConfigError, match=r"has no ice_text.model, with which ChatGLM-6B"):
+        load({"model_type": "chatglm", "inner_hidden_size": 16384}, sentencepiece_file())
     with pytest.raises(ConfigError, match="`quantization_bit` is 4"):
         load(CONFIG | {"quantization_bit": 4}, sentencepiece_file())
     assert load(model=sentencepiece_file()).stop_ids[0] == 2

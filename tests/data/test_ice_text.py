@@ -165,7 +165,7 @@ def test_raw_text_is_cut_so_that_every_row_has_its_blank(tokenizer, write):
 def test_geometry():
     ids = [7, 8, 9, 130001, 130004, 10, 11, 12]
     positions, sees = prefix_lm(ids, BLANK)
-    assert positions == {"context": [0, 1, 2, 3, 3, 3, 3, 3], "answer": [0, 0, 0, 0, 1, 2, 3, 4]}
+    assert positions == {"position": [0, 1, 2, 3, 3, 3, 3, 3], "block": [0, 0, 0, 0, 1, 2, 3, 4]}
     assert sees == [4, 4, 4, 4, 5, 6, 7, 8]
     assert list(picture(sees))[3:6] == ["      ████····", "      █████···", "      ██████··"]
     assert len(list(picture(list(range(1, 1001))))) <= 32
@@ -191,7 +191,7 @@ def test_rendering(tokenizer, write):
     report = examine([write([{"instruction": "你好", "output": "你好！"}])], DataConfig(), tokenizer, 1)
     lines = render_text(report).splitlines()
     table = [" ".join(line.split()) for line in lines]
-    assert "# id learnt context answer sees token" in table
+    assert "# id learnt position block sees token" in table
     assert "2 130001 2 0 3 [gMASK]" in table
     assert "3 130004 * 2 1 4 <sop>" in table
     assert lines[-8:] == ["      " + "█" * n + "·" * (8 - n) for n in (3, 3, 3, 4, 5, 6, 7, 8)]

@@ -6,11 +6,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fitune.config import build
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import Base, load_base
+from fitune.model.quantize import QuantLinear
 from plan.shapes import TINY
 from tiny import make_tokenizer
 
@@ -88,6 +90,19 @@ def randomize(model, seed: int = 1, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_((torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype))
+
+
+def dequantize(model):
+    """Put ordinary layers with the values of the quantized weights into a model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            with torch.no_grad():
+                linear.weight.copy_(module.dequantize(torch.float32))
+                if module.bias is not None:
+                    linear.bias.copy_(module.bias)
+            model.set_submodule(name, linear.requires_grad_(False))
+    return model
 
 
 def logits(model) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from fitune.data.batches import pad
 from fitune.data.prepare import Row
@@ -11,7 +10,7 @@ from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.quantize import QuantLinear
 from fitune.training.path import PlainPath
-from methods.cases import CPU, KINDS, base, randomize, section
+from methods.cases import CPU, KINDS, base, dequantize, randomize, section
 
 TOLERANCE = 1e-5
 ROWS = [Row(tuple(range(5, 17)), bytes([0] * 2 + [1] * 10), "a"), Row(tuple(range(40, 49)), bytes([0] + [1] * 8), "b")]
@@ -20,19 +19,6 @@ CASES = [
     *(("qwen2", kind) for kind in ("prompt", "ptuning", "prefix", "prefix projection", "ia3 linear")),
     *(("bloom", kind) for kind in ("lora linear", "bitfit", "prompt", "ia3")),
 ]  # fmt: skip
-
-
-def dequantize(model):
-    """Put ordinary layers with the values of the quantized weights into a model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            with torch.no_grad():
-                linear.weight.copy_(module.dequantize(torch.float32))
-                if module.bias is not None:
-                    linear.bias.copy_(module.bias)
-            model.set_submodule(name, linear.requires_grad_(False))
-    return model
 
 
 def gradients(path):

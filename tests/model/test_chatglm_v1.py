@@ -257,10 +257,7 @@ def test_virtual_tokens_belong_to_the_context(weights, kind):
     batch = pad(as_rows(), PAD)
     wrapped.eval()
 
-    def run(ids, mask):
-        return wrapped(input_ids=ids, attention_mask=mask, token_ids=ids).logits
-
-    found = run(batch.input_ids_BT, batch.attention_mask_BT)[:, -batch.input_ids_BT.shape[1] :]
+    found = forward(wrapped, batch)[:, -batch.input_ids_BT.shape[1] :]
     if kind == "PromptTuningConfig":
         ids = torch.tensor([EXAMPLES["gmask"]])
         embedded = torch.cat([wrapped.get_prompt(1), model.transformer.word_embeddings(ids)], 1)
@@ -271,8 +268,8 @@ def test_virtual_tokens_belong_to_the_context(weights, kind):
     (answer,) = generate(wrapped, [prompt], [EOP], Sampling(max_new_tokens=5))
     ids = list(prompt)
     for token in answer.ids:
-        row = torch.tensor([ids])
-        assert run(row, torch.ones_like(row))[0, -1].argmax() == token
+        row = pad([Row(array("i", ids), bytes(len(ids)), "test:1")], PAD)
+        assert forward(wrapped, row)[0, -1].argmax() == token
         ids.append(token)
     found.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in trainable(wrapped).values())

@@ -74,8 +74,8 @@ class IceText:
         missing = [token for token in _NEEDED if token not in self._vocab]
         if missing:
             raise ConfigError(
-                f"{name}: has no {', '.join(missing)}; take the file of the current ChatGLM-6B release, of 2,706,249 "
-                "bytes, and `num_image_tokens` in tokenizer_config.json as the model's own is"
+                f"{name}: has no {', '.join(missing)}; fitune reads the file of the current ChatGLM-6B release, of "
+                "2,706,249 bytes"
             )
         self.blank = Blank(*(self._vocab[token] for token in _BLANK))
         flags = zip(pieces, self._model.IsControl(pieces), self._model.IsUnknown(pieces), strict=True)

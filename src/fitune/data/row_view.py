@@ -43,7 +43,7 @@ def prefix_lm(ids: Sequence[int], blank: Blank) -> Geometry:
     start = first(blank.sop, len(ids))
     place = first(blank.gmask, first(blank.mask, max(start - 1, 0)))
     answer = range(1, len(ids) - start + 1)
-    rows = {"context": [*range(start), *(place for _ in answer)], "answer": [*(0 for _ in range(start)), *answer]}
+    rows = {"position": [*range(start), *(place for _ in answer)], "block": [*(0 for _ in range(start)), *answer]}
     return Geometry(rows, [max(start, i) for i in range(1, len(ids) + 1)])
 
 

@@ -111,7 +111,7 @@ class Template:
         ends = [i for i, token in enumerate(ids) if token == self._tokenizer.next_id]
         turns = [self._tokenizer.decode(ids[start + 1 : end]) for start, end in pairwise([-1, *ends, len(ids)])]
         text = "\n".join(_without_lead(turn, self._lead) for turn in turns)
-        if layout_of(self._tokenizer.special_tokens):  # as ChatGLM's own code
+        if self._tokenizer.blank:  # as ChatGLM-6B's own code
             text = text.strip().replace("[[训练时间]]", "2023年")
         return text
 

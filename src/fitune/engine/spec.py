@@ -134,6 +134,8 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
     if next(model.parameters()).is_cuda and not has_triton():
         raise Unsupported("triton is not installed")
     _check_adapters(model)
+    if any(getattr(module, "compute", "") == "llm_int8" for module in model.modules()):
+        raise Unsupported("model.int8_compute=llm_int8")
     return spec
 
 

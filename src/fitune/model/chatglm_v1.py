@@ -168,6 +168,7 @@ class ChatGLMModel(_PreTrained):
 class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ignore[misc]
     """The model with its head; config.json records its name, which is the original's."""
 
+    reads_token_ids = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -235,8 +236,10 @@ class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ig
             raise ValueError("ChatGLM-6B: a cached step needs token_ids, all ids so far; `generate` gives them")
         return input_ids
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """transformers' own, which cuts `input_ids` to the new ones, with all of them as `token_ids`."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # ours come from the tokens
         return inputs | {"token_ids": input_ids}

@@ -16,6 +16,7 @@ from torch import nn
 
 from fitune.data.batches import IGNORE, Batch, pack
 from fitune.data.prepare import Row
+from fitune.engine.spec import base_of
 from fitune.errors import ConfigError
 
 
@@ -74,6 +75,8 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
         arguments["position_ids"] = batch.position_ids_BT
     else:
         arguments["attention_mask"] = batch.attention_mask_BT
+    if getattr(base_of(model), "reads_token_ids", False):  # PEFT hands embeddings on where it adds virtual tokens
+        arguments["token_ids"] = batch.input_ids_BT
     logits: torch.Tensor = model(**arguments).logits
     return logits[:, -batch.input_ids_BT.shape[1] :]
 
@@ -84,7 +87,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     Non-reentrant checkpointing finds the adapters inside a block by itself, so the embedding output needs no
     gradient and nothing below the first trainable parameter is computed backwards.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_of(model)
     # Renamed within transformers 5; the old name goes with version 6.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -107,7 +110,9 @@ def check_packing(model: nn.Module, device: torch.device, rows: list[Row]) -> No
         together_TV = forward(model, pack(heads).to(device))[0].float()
         alone_TV = torch.cat([forward(model, pack([head]).to(device))[0].float() for head in heads])
     error = ((together_TV - alone_TV).norm() / alone_TV.norm()).item()
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    # Rows in one sequence share the outlier columns of LLM.int8(), which changes roundings.
+    rounds = any(getattr(module, "compute", "") == "llm_int8" for module in model.modules())
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 and not rounds else 5e-2
     if not error <= tolerance:
         raise ConfigError(
             f"data.packing is true, but this model lets packed rows see each other (logits differ by {error:.1%}); "
