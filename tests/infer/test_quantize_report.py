@@ -114,6 +114,7 @@ def test_kinds_are_sums(report):
 def test_the_table_shows_layers_and_kinds(report, monkeypatch):
     table = text(report, 140)
     assert "14 linear layers" in table
+    assert "[42, -127, 106, 64, -21], and comes back as [0.099, -0.3, 0.250, 0.151, -0.050]" in table
     assert f"{report.rows} rows, {report.tokens} tokens" in table
     for name in ("0.self_attn.q_proj", "1.mlp.down_proj", "gate_proj", "all"):
         (line,) = [line for line in table.splitlines() if line.split()[:1] == [name]]

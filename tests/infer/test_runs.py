@@ -81,10 +81,10 @@ def test_an_exported_adapter_finds_its_base(base, tmp_path, rows_file, monkeypat
 
 def test_a_full_disk_is_explained(raw_run, tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise SafetensorError("No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(weights, "save_file", fail)
-    with pytest.raises(CheckpointError, match="disk full"):
+    with pytest.raises(CheckpointError, match="the disk is full"):
         fitune.export(raw_run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

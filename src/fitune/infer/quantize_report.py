@@ -238,7 +238,12 @@ def _shown(report: QuantizeReport) -> tuple[Sequence[Rounding], list[str]]:
 
 def _head(report: QuantizeReport) -> list[str]:
     count = f"{len(report.layers)} linear layers, {report.all.weights:,} weights"
-    lines = [f"{report.model}: {count}, read in {report.dtype}", "W: relative error of the weights."]
+    lines = [
+        f"{report.model}: {count}, read in {report.dtype}",
+        "The idea, on a row of five numbers: [0.1, -0.3, 0.25, 0.15, -0.05] times 127 / 0.3, rounded, is",
+        "[42, -127, 106, 64, -21], and comes back as [0.099, -0.3, 0.250, 0.151, -0.050].",
+        "W: relative error of the weights.",
+    ]
     if not report.tokens:
         return [*lines, "No tokenizer in this folder: products with real inputs were not measured."]
     return [
