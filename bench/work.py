@@ -52,7 +52,7 @@ _8B: dict[str, Any] = {
     "level": "offload",
     "steps": 6,
 }
-_GLM: dict[str, Any] = {"model": "chatglm3-6b", "checkpointing": True, "stacks": _HF, "steps": 10}
+_GLM: dict[str, Any] = {"model": "chatglm3-6b", "checkpointing": True, "level": "offload", "stacks": _HF, "steps": 10}
 _BLOOM: dict[str, Any] = {"model": "bloom-1b4", "stacks": _HF}
 
 WORKS: dict[str, Work] = {

@@ -1,7 +1,8 @@
 """Write the generated pages of docs/: run by `make docs`; the suite checks that they are current.
 
 docs/errors.md runs every case of tests/errors/cases.py through the command line and keeps what it printed;
-docs/memory.md has a table of planned bytes; docs/matrix.md says which families, methods and precisions go together.
+docs/memory.md has a table of planned bytes; docs/tutorial.md and its translation have two, made by tutorial_tables.py;
+docs/images/ is drawn by make_pictures.py; docs/matrix.md says which families, methods and precisions go together.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def memory_table() -> str:
     from fitune.config import build
     from fitune.plan.arch import read_arch
     from fitune.plan.memory import plan_memory
-    from fitune.plan.parts import PHASES, READY, STEP, TERMS
+    from fitune.plan.part import PHASES, READY, STEP
+    from fitune.plan.parts import TERMS
     from plan.shapes import LLAMA_1B, LLAMA_8B
 
     def plan(config: dict, method: dict, length: int, quantization: str = "none", **train: object):
@@ -107,15 +109,75 @@ def memory_page(text: str) -> str:
     return f"{before}{TABLE[0]}\n\n{memory_table()}\n\n{TABLE[1]}{rest.split(TABLE[1])[1]}"
 
 
+METHODS = (
+    ("`lora`, r 8, queries and values", {"name": "lora"}),
+    ("`lora`, r 16, `linear`", {"name": "lora", "r": 16, "target_modules": "linear"}),
+    ("the same with `dora`", {"name": "lora", "r": 16, "target_modules": "linear", "dora": True}),
+    ("the same with `init: pissa`", {"name": "lora", "r": 16, "target_modules": "linear", "init": "pissa"}),
+    ("`lora` and `modules_to_save: [lm_head]`", {"name": "lora", "modules_to_save": ["lm_head"]}),
+    ("`ia3`", {"name": "ia3"}),
+    ("`prompt`, 20 tokens", {"name": "prompt"}),
+    ("`ptuning`, 20 tokens", {"name": "ptuning"}),
+    ("the same with `encoder: lstm`", {"name": "ptuning", "encoder": "lstm"}),
+    ("`prefix`, 20 tokens", {"name": "prefix"}),
+    ("the same with `projection`", {"name": "prefix", "projection": True}),
+    ("`bitfit`", {"name": "bitfit"}),
+    ("`freeze`, 2 blocks", {"name": "freeze"}),
+    ("`full`", {"name": "full"}),
+)
+METHODS_TABLE = ("<!-- methods -->", "<!-- end of methods -->")
+
+
+def methods_table() -> str:
+    """Trained parameters of each method and their bytes on two published shapes: the table of docs/methods.md."""
+    from fitune.config import build
+    from fitune.errors import ConfigError
+    from fitune.plan.arch import read_arch
+    from fitune.plan.memory import plan_memory
+    from fitune.plan.params import count
+    from plan.shapes import BLOOM_1B4, LLAMA_1B
+
+    held = {"adapters", "adapters as they began", "modules trained whole", "master weights", "gradients"}
+    lines = ["| | Llama-3.2-1B | MB | bloom-1b4 | MB |", "|---|---|---|---|---|"]
+    for label, method in METHODS:
+        cells = [label]
+        for shape in (LLAMA_1B, BLOOM_1B4):
+            config, arch = build({"model": {"path": "m", "dtype": "bf16"}, "method": method}), read_arch(shape)
+            try:
+                counted = count(arch, config.method)
+            except ConfigError:
+                cells += ["no biases", ""]
+                continue
+            parts = plan_memory(arch, config, "no data").parts
+            size = sum(part.bytes for part in parts if part.name in held | {"optimizer states"})
+            cells += [f"{counted.trainable:,}", f"{size / 1e6:,.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def methods_page(text: str) -> str:
+    """docs/methods.md with its table made anew."""
+    before, rest = text.split(METHODS_TABLE[0])
+    return f"{before}{METHODS_TABLE[0]}\n\n{methods_table()}\n\n{METHODS_TABLE[1]}{rest.split(METHODS_TABLE[1])[1]}"
+
+
 def main() -> None:
     """Write every generated page."""
+    import make_pictures
     from fitune.config.reference import as_markdown
     from matrix.cells import docs_page
+    from tutorial_tables import WORDS, tutorial_page
 
     (DOCS / "configuration.md").write_text(as_markdown(), encoding="utf-8")
     (DOCS / "matrix.md").write_text(docs_page(), encoding="utf-8")
     page = DOCS / "memory.md"
     page.write_text(memory_page(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in WORDS:
+        page = DOCS / name
+        page.write_text(tutorial_page(name, page.read_text(encoding="utf-8")), encoding="utf-8")
+    make_pictures.main()
+    page = DOCS / "methods.md"
+    page.write_text(methods_page(page.read_text(encoding="utf-8")), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         (DOCS / "errors.md").write_text(errors_page(Path(folder)), encoding="utf-8")
 

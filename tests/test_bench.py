@@ -87,6 +87,19 @@ def test_measured_peaks_are_those_of_the_plan():
             assert planned.host_bytes == pytest.approx(row["pinned_bytes"], abs=4096)
 
 
+def test_measured_peaks_on_another_gpu_are_those_of_the_plan():
+    records = read(RESULTS / "h100-2026-11-25.jsonl")
+    assert (RESULTS / "plan-h100.md").read_text(encoding="utf-8") == plan.markdown(records), (
+        "run `python -m bench plan`"
+    )
+    ours = [row for row in records if row["kind"] == "step"]
+    assert len(ours) == 10
+    for row in ours:
+        planned = plan.planned(row, row.get("gpu"))
+        assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.006), row
+        assert planned.host_bytes == pytest.approx(row["pinned_bytes"], rel=0.005)
+
+
 def test_the_plan_page_is_written_from_the_command_line(tmp_path, capsys):
     text = json.dumps({"kind": "step", "row": "1b", "stack": "hf", "status": "ok"})
     ours = {"kind": "step", "row": "tiny", "stack": "ours", "status": "ok", "allocated_bytes": 2 * 10**8}

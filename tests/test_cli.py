@@ -86,7 +86,7 @@ def test_other_errors_are_not_hidden(tiny, monkeypatch):
 def test_export_says_what_an_adapter_is(capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", "--help"])
-    assert "bias file (bitfit)" in " ".join(capsys.readouterr().out.split())
+    assert "fitune's own for bitfit and freeze" in " ".join(capsys.readouterr().out.split())
 
 
 def test_chat_with_an_adapter_folder_says_what_to_do(tmp_path, capsys):

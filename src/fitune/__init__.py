@@ -82,7 +82,10 @@ def load(
 
 
 def export(run: str | Path, to: str | Path, *, form: str = "merged", dtype: str | None = None) -> Path:
-    """Write a finished run as a model folder (`form="merged"`) or a PEFT adapter (`form="adapter"`)."""
+    """Write a finished run as a model folder (`form="merged"`) or a PEFT adapter (`form="adapter"`).
+
+    What merging changed is measured by `fitune.training.merge_report.measure`, as `fitune export` does.
+    """
     from fitune.infer.export import export as export_run
 
     return export_run(Path(run), Path(to), form=form, dtype=dtype)

@@ -134,12 +134,29 @@ def _parser() -> argparse.ArgumentParser:
     form = "merged model, or adapter: PEFT's files, or fitune's own for bitfit and freeze; default: merged"
     export.add_argument("--form", choices=("merged", "adapter"), default="merged", help=form)
     export.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of merged weights; default: as trained")
+    export.add_argument("--data", nargs="+", default=[], metavar="FILE", help="measure what merging changed on these")
+    no_measure = "do not compare the merged model with the run on held-out rows"
+    export.add_argument("--no-measure", action="store_true", help=no_measure)
     export.set_defaults(command=_export)
 
-    convert = commands.add_parser("convert", help="write an original ChatGLM2 or 3 folder as an ordinary GLM folder")
-    convert.add_argument("source", metavar="SRC", help="folder or hub id")
+    convert = commands.add_parser("convert", help="write a model folder in another format")
+    convert.add_argument("source", metavar="SRC", help="original ChatGLM2 or 3; with --quantization any model")
     convert.add_argument("target", metavar="DST", help="new folder")
+    formats = "blocks in 8 or 4 bits, as transformers and bitsandbytes store them"
+    convert.add_argument("--quantization", choices=("int8", "nf4", "fp4"), help=formats)
+    read = "with --quantization: what weights are read in first; default: as in config.json"
+    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help=read)
     convert.set_defaults(command=_convert)
+
+    report = commands.add_parser("quantize-report", help="what 8- and 4-bit formats do to a model, layer by layer")
+    report.add_argument("model", metavar="MODEL", help="model folder, hub id or `embedded`")
+    rows = "rows to run through the model; default: some text"
+    report.add_argument("--data", nargs="+", default=[], metavar="FILE", help=rows)
+    report.add_argument("--threshold", type=float, default=6.0, help="an input from here on is an outlier (default 6)")
+    report.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="to compute in; default: as in config.json")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--to", metavar="DIR", help="new folder for report.html with plots, and report.json")
+    report.set_defaults(command=_quantize_report)
 
     config = commands.add_parser("config", help="list every setting with its default")
     config.add_argument("--schema", action="store_true", help="print the JSON schema")
@@ -215,13 +232,14 @@ def _params(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from fitune.config import new_tokens
     from fitune.data.lengths import row_lengths
     from fitune.plan.budget import check_budget
     from fitune.plan.memory import plan_memory
     from fitune.plan.text import plan_json, plan_text
 
     config, arch, folder = _planned(options)
-    lengths = row_lengths(config.data, folder)
+    lengths = row_lengths(config.data, folder, new_tokens(config.method))
     plan = plan_memory(arch, config, lengths)
     print(plan_json(plan, config) if options.json else plan_text(plan, config))
     check_budget(plan, config, lengths)
@@ -232,13 +250,13 @@ def _planned(options: argparse.Namespace) -> tuple[RunConfig, ArchSpec, Path]:
     """Configuration, architecture and model folder; no weights are looked for, and none downloaded."""
     from fitune.config import load
     from fitune.model.adapter import with_adapter
-    from fitune.model.folder import read_config, resolve_folder
+    from fitune.model.folder import read_config, resolve_folder, with_stored_quantization
     from fitune.plan.arch import read_arch
 
     config = load(options.config, options.overrides)
     folder = resolve_folder(config.model.path, weights=False)
     arch = read_arch(read_config(folder))
-    return with_adapter(config, arch), arch, folder
+    return with_adapter(with_stored_quantization(config, folder), arch), arch, folder
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -330,17 +348,48 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    run, target, files = Path(options.run), Path(options.to), tuple(options.data)
+    if options.form == "merged" and not options.no_measure:
+        from fitune.training.merge_report import export_and_measure
+
+        print(f"written: {target}\n{export_and_measure(run, target, files, options.dtype).text()}")
+        return 0
+    if files:
+        raise ConfigError("--data names rows to measure merging on, but nothing will be measured; leave it out")
     from fitune.infer.export import export
 
-    print(f"written: {export(Path(options.run), Path(options.to), form=options.form, dtype=options.dtype)}")
+    print(f"written: {export(run, target, form=options.form, dtype=options.dtype)}")
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from fitune.infer.convert import convert
-    from fitune.model.folder import resolve_folder
+    target = Path(options.target)
+    if options.quantization is not None:
+        from fitune.infer.convert_quantized import quantize_folder
 
-    print(f"written: {convert(resolve_folder(options.source), Path(options.target))}")
+        quantize_folder(options.source, target, options.quantization, options.dtype)
+    elif options.dtype is not None:
+        raise ConfigError("--dtype is what weights are read in before they are quantized; give --quantization as well")
+    else:
+        from fitune.infer.convert import convert
+        from fitune.model.folder import resolve_folder
+
+        convert(resolve_folder(options.source), target)
+    print(f"written: {target}")
+    return 0
+
+
+def _quantize_report(options: argparse.Namespace) -> int:
+    from fitune.infer.disk import check_free
+    from fitune.infer.quantize_report import quantize_report, text
+    from fitune.training.quantize_page import write_page
+
+    if options.to:
+        check_free(Path(options.to), "--to")
+    report = quantize_report(options.model, tuple(options.data), options.threshold, options.dtype)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if options.json else text(report))
+    if options.to:
+        print(f"written: {write_page(report, Path(options.to))}/report.html", file=sys.stderr)
     return 0
 
 

@@ -282,7 +282,7 @@ def test_keys_are_frozen():
     for method in METHODS:
         assert sum(len(valid_keys(section, method)) for section in RunConfig.model_fields) <= 60
     keys = {
-        "model": "path dtype quantization",
+        "model": "path dtype quantization int8_compute int8_threshold",
         "method": "name r alpha dropout target_modules rslora dora init lora_plus_ratio modules_to_save adapter "
         "num_layers patterns also num_virtual_tokens init_text encoder encoder_hidden_size projection "
         "feedforward_modules",

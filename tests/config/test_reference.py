@@ -36,5 +36,5 @@ def test_the_docs_page_is_current():
 
 
 def test_examples_load():
-    for file in sorted((ROOT / "examples").glob("*.yaml")):
+    for file in sorted((ROOT / "examples").rglob("*.yaml")):
         assert load(file).output.dir == f"runs/{file.stem}"

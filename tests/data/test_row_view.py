@@ -7,7 +7,7 @@ import pytest
 from fitune import cli
 from fitune.config import DataConfig
 from fitune.data.doctor import examine, render_text, to_json
-from fitune.data.row_view import Geometry, table, view
+from fitune.data.row_view import RowView, TokenView, table, view
 from fitune.data.rows import encode
 from fitune.data.sources import read
 from fitune.data.templates import resolve_template
@@ -41,16 +41,14 @@ def test_the_table_is_safe_and_aligned(first_row, toy):
     assert all(character.isprintable() for line in lines for character in line)
 
 
-def test_two_rows_of_positions_and_a_prefix(first_row, toy):
-    """As GLM's first version has them."""
-    n = len(first_row.input_ids)
-    positions = {"position": [min(i, 4) for i in range(n)], "block": [max(0, i - 4) for i in range(n)]}
-    geometry = Geometry(positions, [max(5, i + 1) for i in range(n)])
-    shown = view(first_row, toy, geometry)
-    assert (shown.tokens[6].positions, shown.tokens[1].sees) == ({"position": 4, "block": 2}, 5)
-    _, head, *lines = table(shown)
-    assert head.split() == ["#", "id", "learnt", "position", "block", "sees", "token"]
-    assert lines[6].split()[:5] == ["6", str(shown.tokens[6].id), "4", "2", "7"]
+def test_two_rows_of_positions_and_a_prefix():
+    """As ChatGLM-6B has them: the mask is drawn as well."""
+    context, answer, sees = [0, 1, 2, 2, 2], [0, 0, 0, 1, 2], [3, 3, 3, 4, 5]
+    tokens = [TokenView(i, "t", i > 2, {"context": context[i], "answer": answer[i]}, sees[i]) for i in range(5)]
+    _, head, *lines = table(RowView("f:1", 2, tuple(tokens)))
+    assert head.split() == ["#", "id", "learnt", "context", "answer", "sees", "token"]
+    assert lines[4].split() == ["4", "4", "*", "2", "2", "5", "t"]
+    assert [line.strip() for line in lines[-5:]] == ["███··", "███··", "███··", "████·", "█████"]
 
 
 def test_the_doctor_shows_as_many_as_were_asked_for(write, toy):

@@ -107,9 +107,8 @@ def make(kind, targets="linear", dtype=torch.float32, quantization="none", **met
     if quantization != "none":
         quantize_blocks(model, quantization, torch.device("cpu"))
     base = Base(model, None, model.config.model_type, SIZES["vocab_size"], "")
-    method = {"name": "lora", "r": 4, "target_modules": targets} | method
-    if method["name"] != "lora":
-        method = {"name": method["name"]}
+    if method.get("name", "lora") == "lora":
+        method = {"name": "lora", "r": 4, "target_modules": targets} | method
     config = build({"model": {"path": "x"}, "method": method})
     model = METHODS[config.method.name].apply(base, config.method)
     torch.manual_seed(1)

@@ -139,7 +139,7 @@ def test_frozen_biases_take_no_second_copy():
 @pytest.mark.parametrize(
     ("kind", "chosen", "message"),
     [
-        ("bloom", "ln_f.weight", "trains transformer.ln_f.weight; the engine trains LoRA adapters and biases"),
+        ("bloom", "ln_f.weight", "trains transformer.ln_f.weight; the engine trains adapters, biases and virtual"),
         ("qwen2", "k_proj.bias", "some projections of one input and not all"),
     ],
 )

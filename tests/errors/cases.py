@@ -123,6 +123,33 @@ def _run(what: str, says: str, damage: Callable[[Path], None], code: int = 6, *o
     return Case("Checkpoints and runs", what, build, code, says)
 
 
+def _method(what: str, says: str, name: str, *overrides: str) -> Case:
+    return Case("Methods", what, lambda p: p.config(f"method.name={name}", *overrides), 2, says)
+
+
+def _adapter(
+    what: str, says: str, *overrides: str, damage: Callable[[Path], None] = lambda run: None, code: int = 2
+) -> Case:
+    """A run that is to start from the adapter of another one."""
+
+    def build(place: Place) -> list[str]:
+        run = shutil.copytree(place.run, place.folder / "first")
+        damage(run)
+        return place.config(f"method.adapter={run}", *overrides)
+
+    return Case("Methods", what, build, code, says)
+
+
+def _merged_prompts(place: Place) -> list[str]:
+    import yaml
+
+    run = place.copy_run()
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["method"] = {"name": "prompt"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["export", str(run), "--to", str(place.folder / "out")]
+
+
 def _bad_rows(place: Place) -> str:
     return place.rows({"instruction": "a", "output": ""}, name="bad.jsonl")
 
@@ -226,7 +253,7 @@ CONFIGURATION = (
     _setting("unknown section", "did you mean `train`", "trian.seed=1"),
     _setting("unknown key", "did you mean `train.learning_rate`", "train.learning_rat=1"),
     _setting("key of another section", "did you mean `method.r`", "train.r=8"),
-    _setting("unknown method", "allowed: lora, full, bitfit", "method.name=lroa"),
+    _setting("unknown method", "allowed: lora, full, freeze, bitfit", "method.name=lroa"),
     _setting("value out of range", "`method.r` is 0", "method.r=0"),
     _setting("value of another type", "`train.epochs` is 'many'", "train.epochs=many"),
     _setting("unknown choice", "'constant', 'linear' or 'cosine'", "train.schedule=step"),
@@ -238,6 +265,8 @@ CONFIGURATION = (
     _setting("unknown quantization", "'none', 'int8', 'nf4', 'fp4' or 'fp8'", "model.quantization=int4"),
     _setting("full fine-tuning of quantized weights", "Set model.quantization=none or method.name=lora",
              "model.quantization=nf4", "method.name=full"),
+    _setting("LLM.int8() of other weights", "set model.quantization=int8 or model.int8_compute=weight_only",
+             "model.quantization=nf4", "model.int8_compute=llm_int8"),
     _setting("unknown template", "tutorial", "data.template=tutorail"),
     _setting("template whose tokens the tokenizer lacks", "<|im_start|>", "data.template=chatml"),
     _setting("longer than the model's positions", "256 positions", "data.max_length=1000"),
@@ -323,7 +352,6 @@ PLANS = (
 )
 
 CHATGLM = (
-    _chatglm("the first version", "the first version, is not supported yet", inner_hidden_size=64),
     _chatglm("weights packed into integers", "`quantization_bit` is 4", quantization_bit=4),
     _chatglm("a prefix encoder beside the model", "`pre_seq_len` is 128", pre_seq_len=128),
     _chatglm("neither version 2 nor 3", "ChatGLM2 or ChatGLM3?", _name_or_path="mine"),
@@ -333,4 +361,51 @@ CHATGLM = (
          lambda p: ["convert", str(write_folder(p.folder / "chatglm")), str(p.model)], 2, "not an empty folder"),
 )  # fmt: skip
 
-CASES = (*ROWS, *CONFIGURATION, *MODELS, *CHATGLM, *RUNS, *PLANS)
+METHODS = (
+    _method("a setting of another method", "it belongs to method.name=lora", "prompt", "method.r=8"),
+    _method("a text start without a text", "method.init_text is not set", "prompt", "method.init=text"),
+    _method("a text longer than the prompt", "set method.num_virtual_tokens=11", "prompt", "method.init=text",
+            "method.init_text=hello there", "method.num_virtual_tokens=5"),
+    _method("rows and virtual tokens beyond the positions", "together are more than the 256 positions", "prefix",
+            "data.max_length=250"),
+    _method("a prefix with recomputation", "train.activation_checkpointing=false, or use method.name=prompt", "prefix",
+            "train.activation_checkpointing=true", "train.path=plain"),
+    _method("virtual tokens in packed rows", "of several rows in one sequence only the first", "prompt",
+            "data.packing=true", "train.path=plain"),
+    _method("factors the engine does not have", "IA3's factors on other layers", "ia3", "train.path=fast",
+            "method.target_modules=linear"),
+    _method("a projected prefix that starts as a text", "set method.init=random or method.projection=false", "prefix",
+            "method.projection=true", "method.init=text", "method.init_text=hello"),
+    _method("dropout without an LSTM", "set method.encoder=lstm", "ptuning", "method.dropout=0.1"),
+    _method("more trained blocks than there are", "has 2 blocks", "freeze", "method.num_layers=5"),
+    _method("nothing left to train", "nothing would be trained", "freeze", "method.num_layers=0"),
+    _method("a pattern without a match", "matches no parameter", "freeze", "method.patterns=['*.bias']"),
+    _method("trained blocks in 4 bits", "quantized weights are frozen", "freeze", "model.quantization=nf4"),
+    _method("a pattern that matches quantized weights", "model.layers.*.mlp.gate_proj.weight", "freeze",
+            "model.quantization=nf4", "method.patterns=['*.mlp.*']"),
+    _method("scaled inputs that are no targets", "q_proj is not among method.target_modules", "ia3",
+            "method.feedforward_modules=[q_proj]"),
+    _method("PiSSA on quantized weights", "the adapter would no longer fit", "lora", "method.init=pissa",
+            "model.quantization=int8"),
+    _method("PiSSA with DoRA", "does not add up", "lora", "method.init=pissa", "method.dora=true"),
+    _method("PiSSA with a rank above the weights'", "has only 32 singular values", "lora", "method.init=pissa",
+            "method.r=40"),
+    _method("a linear layer trained whole", "linear layers of the blocks get adapters", "lora",
+            "method.modules_to_save=[q_proj]"),
+    _method("a new token that is none", "is a token of", "lora", "method.new_tokens=[a]"),
+    Case("Methods", "no adapter to start from", lambda p: p.config("method.adapter=/none/here"), 2, "no run with an adapter"),
+    Case("Methods", "a model given as an adapter", lambda p: p.config(f"method.adapter={p.model}"), 2,
+         "give it as model.path"),
+    _adapter("an adapter of another method", "peft_type 'LORA', but method.name is ia3", "method.name=ia3"),
+    _adapter("an adapter of another rank", "method.r is 4, but the adapter", "method.r=4"),
+    _adapter("an adapter on other layers", "method.target_modules is 'linear', but the adapter", "method.target_modules=linear"),
+    _adapter("an adapter with what fitune does not train", "`rank_pattern`: {'q_proj': 2}",
+             damage=lambda run: _edit_json(run / "adapter" / "adapter_config.json", rank_pattern={"q_proj": 2})),
+    _adapter("an adapter of another base", "trained on other weights", code=6,
+             damage=lambda run: _edit_json(run / "adapter" / "fitune.json", base_fingerprint="0" * 64)),
+    _adapter("a damaged adapter", "adapter_model.safetensors: cannot be read", code=6,
+             damage=lambda run: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"x")),
+    Case("Methods", "merging virtual tokens", _merged_prompts, 2, "no weights of the model could hold them"),
+)  # fmt: skip
+
+CASES = (*ROWS, *CONFIGURATION, *MODELS, *CHATGLM, *METHODS, *RUNS, *PLANS)

@@ -236,6 +236,13 @@ def test_what_cannot_be_converted(original, tiny, tmp_path, capsys):
     assert cli.main(["convert", str(tiny), str(tmp_path / "glm")]) == 2
     assert "is a llama folder, which needs no conversion" in capsys.readouterr().err
     assert cli.main(["convert", "./nowhere", str(tmp_path / "glm")]) == 2
+    first = {"model_type": "chatglm", "inner_hidden_size": 64, "hidden_size": 32, "num_layers": 2}
+    (tmp_path / "first").mkdir()
+    first |= {"num_attention_heads": 4, "vocab_size": 130528}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(first))
+    (tmp_path / "first" / "pytorch_model.bin").write_text("weights")
+    with pytest.raises(ConfigError, match="is a chatglm folder, which transformers has no model for"):
+        convert(tmp_path / "first", tmp_path / "glm")
     file = original / "pytorch_model-00002-of-00002.bin"
     whole = file.read_bytes()
 

@@ -8,12 +8,12 @@ import warnings
 
 import pytest
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 import fitune
 from fitune.config import build
 from fitune.errors import CheckpointError, ConfigError
 from fitune.infer.chat import HELP, chat
+from fitune.model import weights
 from fitune.training import run
 from tiny import make_model
 
@@ -83,7 +83,7 @@ def test_a_full_disk_is_explained(raw_run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         fitune.export(raw_run, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import torch
 
 from fitune.kernels import dequantize as kernels
 from fitune.kernels import dequantize_triton, fp8, fp8_triton
-from quantized_cases import DTYPES, SHAPES, four_bit_weight, int8_weight, scratch, values
+from quantized_cases import DTYPES, SHAPES, four_bit_weight, int8_weight, scratch, single_weight, values
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
@@ -35,10 +35,10 @@ def test_triton_bodies_equal_the_references(shape, dtype, padding):
     dequantize_triton.dequantize_rows(codes, scale, kernels.INT8_STEP, out)
     kernels.dequantize_int8_reference(codes, scale, expected)
     equal(out, expected)
-    packed = four_bit_weight(*shape, DEVICE)
-    dequantize_triton.dequantize_4bit(*packed, out)
-    kernels.dequantize_4bit_reference(*packed, expected)
-    equal(out, expected)
+    for packed in (four_bit_weight(*shape, DEVICE), single_weight(*shape, DEVICE)):
+        dequantize_triton.dequantize_4bit(*packed, out)
+        kernels.dequantize_4bit_reference(*packed, expected)
+        equal(out, expected)
     assert whole[:, shape[1] :].isnan().all(), "written outside the view"
 
 

@@ -218,17 +218,19 @@ def gelu_case(bench, width, in_place=False) -> Case:
     return run, {"y": y64.detach(), "dx": x64.grad, "act": y64.detach()}
 
 
-def sums_case(bench, width) -> Case:
+def sums_case(bench, width, times=False) -> Case:
     x, old, scale = bench.random(bench.tokens, width), bench.random(width, dtype=torch.float32), 0.37
+    factor = bench.random(bench.tokens, width) if times else None
 
     def run(body):
         into = torch.full((width + 2,), NAN, device=bench.device)
         into[1:-1] = old
-        body.add_column_sums(bench.view(x), scale, into[1:-1])
+        body.add_column_sums(bench.view(x), scale, into[1:-1], None if factor is None else bench.view(factor))
         assert into[[0, -1]].isnan().all()
         return {"sums": into[1:-1]}
 
-    return run, {"sums": old.double() + scale * x.double().sum(0)}
+    products = x.double() if factor is None else x.double() * factor.double()
+    return run, {"sums": old.double() + scale * products.sum(0)}
 
 
 def tables(bench, pairs, positions=64, dtype=torch.float32):
@@ -375,6 +377,7 @@ SMALL: dict[str, Callable[[Bench], Case]] = {
     "gelu in place": lambda b: gelu_case(b, 1100, in_place=True),
     "column sums": lambda b: sums_case(b, 96),
     "column sums, odd": lambda b: sums_case(b, 35),
+    "column sums of products": lambda b: sums_case(b, 96, times=True),
     "rotate": lambda b: rotate_case(b, 6, (8, 16, False)),
     "rotate in place": lambda b: rotate_case(b, 3, (12, 24, False), in_place=True),
     "rotate, part of a head": lambda b: rotate_case(b, 3, (4, 20, False)),

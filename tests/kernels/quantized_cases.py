@@ -36,6 +36,14 @@ def four_bit_weight(rows, columns, device="cpu"):
     return tuple(tensor.to(device) for tensor in tensors)
 
 
+def single_weight(rows, columns, device="cpu"):
+    """The same without double quantization."""
+    packed, absmax, code, *_ = four_bit_weight(rows, columns)
+    return tuple(
+        t if t is None else t.to(device) for t in (packed, absmax.float() / 100 + 0.01, code, None, None, None)
+    )
+
+
 def values(rows, columns, dtype, device="cpu"):
     """Rows of very different size, one of zeros, in a wider matrix."""
     generator = torch.Generator().manual_seed(rows + columns)

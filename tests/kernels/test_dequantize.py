@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fitune.kernels import dequantize as kernels
-from quantized_cases import DTYPES, SHAPES, four_bit_weight, int8_weight, scratch
+from quantized_cases import DTYPES, SHAPES, four_bit_weight, int8_weight, scratch, single_weight
 
 REAL = [(14336, 4096), (4096, 14336), (2048, 8192), (1000, 11008)]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -22,7 +22,9 @@ def four_bit_float64(packed, absmax, code, nested_absmax, nested_code, offset, s
     byte = packed[index // 2].long()
     value = code.double()[torch.where(index % 2 == 0, byte // 16, byte % 16)]
     block = index // 64
-    scale = nested_code.double()[absmax[block].long()] * nested_absmax.double()[block // 256] + offset.double()
+    scale = absmax.double()[block]
+    if offset is not None:
+        scale = nested_code.double()[absmax[block].long()] * nested_absmax.double()[block // 256] + offset.double()
     return (value * scale).view(shape)
 
 
@@ -40,9 +42,9 @@ def test_references_follow_the_formulas(shape, dtype):
     out, whole = scratch(*shape, dtype, device="cpu")
     kernels.dequantize_int8(codes, scale, out)
     close(out, codes.double() * scale.double()[:, None] / 127, dtype)
-    packed = four_bit_weight(*shape, "cpu")
-    kernels.dequantize_4bit(*packed, out)
-    close(out, four_bit_float64(*packed, shape), dtype)
+    for packed in (four_bit_weight(*shape, "cpu"), single_weight(*shape, "cpu")):
+        kernels.dequantize_4bit(*packed, out)
+        close(out, four_bit_float64(*packed, shape), dtype)
     assert whole[:, shape[1] :].isnan().all(), "written outside the view"
 
 
@@ -97,6 +99,14 @@ def test_4_bit_buffers_that_do_not_fit(position):
     packed[position] = packed[position].double()
     with pytest.raises(ValueError, match=r"is torch\.float64; needed: torch\."):
         kernels.dequantize_4bit(*packed, torch.zeros(9, 2112))
+
+
+def test_double_quantization_is_whole_or_not_at_all():
+    packed, absmax, code, nested, nested_code, _ = four_bit_weight(9, 2112, "cpu")
+    with pytest.raises(ValueError, match="needs nested_code_256 and offset"):
+        kernels.dequantize_4bit(packed, absmax, code, nested, nested_code, None, torch.zeros(9, 2112))
+    with pytest.raises(ValueError, match=r"absmax_G is torch\.uint8; needed: torch\.float32"):
+        kernels.dequantize_4bit(packed, absmax, code, None, None, None, torch.zeros(9, 2112))
 
 
 @pytest.mark.gpu

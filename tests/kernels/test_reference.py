@@ -65,6 +65,7 @@ REFUSED = {
     "pass whole heads": lambda: qk_norm_rotate_backward((X[:, :6], X, X), X, HEADS, TURN, AT, X),
     "as many of v as of k": lambda: qk_norm_rotate_backward((X, X[:, :4], X), X, HEADS, TURN, AT, X),
     r"x_TN .*at least 9": lambda: add_column_sums(X, 1.0, torch.zeros(9)),
+    r"times_TN .*at least 8": lambda: add_column_sums(X, 1.0, torch.zeros(8), X[:, :4]),
     "into_N": lambda: add_column_sums(X, 1.0, torch.zeros(8)[::2]),
     "k_weight_d .*at least 4": lambda: qk_norm_rotate(X, HeadNorm(VECTOR, VECTOR[:2], 0.0), TURN, AT, X, X),
     "qkv_Tn .*at least 24": lambda: qk_norm_rotate(X, HeadNorm(VECTOR, VECTOR, 0.0), TURN, AT, X, X),

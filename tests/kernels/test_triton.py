@@ -44,6 +44,7 @@ REAL = {
     "layer backward, carried 4096": lambda b: norm_backward(b, 4096, True, in_place=True, carried=7.5),
     "column sums 8192": lambda b: sums_case(b, 8192),
     "column sums 6144": lambda b: sums_case(b, 6144),
+    "column sums of products 1024": lambda b: sums_case(b, 1024, times=True),
     "rotate 40 heads of 128": lambda b: rotate_case(b, 40, (64, 128, False), in_place=True),
     "rotate 40 heads of 64": lambda b: rotate_case(b, 40, (32, 64, False), in_place=True),
     "rotate back 40 heads of 128": lambda b: rotate_case(b, 40, (64, 128, False), in_place=True, inverse=True),

@@ -12,12 +12,13 @@ from torch import nn
 from fitune.config import build
 from fitune.errors import ConfigError
 from fitune.kernels import fp8
+from fitune.kernels.int8 import llm_int8
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model import quantizers
 from fitune.model.families import linear_names
 from fitune.model.load import count_parameters, load_base
-from fitune.model.quantize import QUANTIZATIONS, QuantLinear, emulation_note, quantize_blocks
+from fitune.model.quantize import QUANTIZATIONS, QuantLinear, emulation_note, quantize_blocks, use_int8
 from tiny import make_model
 
 CPU = torch.device("cpu")
@@ -135,6 +136,30 @@ def test_weight_only_layers_are_their_expanded_weight(quantization, dtype):
         assert torch.equal(ours, expected)
     y = layer(x)
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llm_int8_has_the_gradient_of_the_expanded_weight(dtype):
+    layer = QuantLinear(weights((24, 40), "normal", dtype), torch.randn(24, dtype=dtype), "int8")
+    layer.bias.requires_grad_(True)
+    use_int8(layer, "llm_int8", 2.0)
+    assert "quantization=int8, compute=llm_int8, threshold=2" in repr(layer)
+    x = torch.randn(2, 3, 40, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    dy = torch.ones_like(y).cumsum(-1)
+    y.backward(dy)
+    assert torch.equal(x.grad, dy @ layer.dequantize(dtype))
+    assert torch.equal(layer.bias.grad, dy.flatten(0, 1).sum(0))
+    expected = llm_int8(x.detach().view(6, 40), layer.codes, layer.scale, layer.bias.detach(), 2.0)
+    assert torch.equal(y.detach().view(6, 24), expected)
+    exact = F.linear(x, layer.dequantize(dtype), layer.bias)
+    assert 1e-4 < (y - exact).norm() / exact.norm() < 0.02
+
+
+def test_only_int8_layers_have_two_computations():
+    model = nn.Sequential(*(QuantLinear(weights((8, 64), "normal"), None, name) for name in QUANTIZATIONS))
+    use_int8(model, "llm_int8", 6.0)
+    assert [layer.compute == "llm_int8" for layer in model] == [name == "int8" for name in QUANTIZATIONS]
 
 
 def test_fp8_follows_the_formulas():

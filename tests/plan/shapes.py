@@ -102,6 +102,12 @@ LLAMA_13B = {
     "num_attention_heads": 40,
     "vocab_size": 32000,
 }
+LLAMA_7B = LLAMA_13B | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 BLOOM_1B4 = {"model_type": "bloom", "n_embed": 2048, "n_layer": 24, "num_attention_heads": 16, "vocab_size": 46145}
 CHATGLM3 = {
     "model_type": "chatglm",

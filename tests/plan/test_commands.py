@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 from fitune import cli
+from fitune.config import load
+from fitune.model.folder import embedded_path
+from fitune.plan.arch import read_arch
+from fitune.plan.memory import plan_memory
+from fitune.plan.params import FORMULAS
 from plan.shapes import BLOOM_1B4, CHATGLM3, LLAMA_1B
 
 ROOT = Path(__file__).parent.parent.parent
@@ -204,6 +209,16 @@ def test_on_cpu_a_budget_has_no_effect(yaml, capsys):
     assert "CUDA context" not in out
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda file: file.stem)
+def test_examples_can_be_planned(file):
+    """Those on the embedded model as they are; the BLOOM one, whose files are on a hub, with every method."""
+    embedded = json.loads((embedded_path() / "config.json").read_text())
+    for name in FORMULAS if file.stem.startswith("bloom") else [None]:
+        config = load(file, [] if name is None else [f"method.name={name}"])
+        arch = read_arch(embedded if config.model.path == "embedded" else BLOOM_1B4)
+        assert plan_memory(arch, config, "no data").peak_bytes > 0
+
+
 def test_the_page_is_current(monkeypatch):
     """The table of docs/memory.md, made anew, and its claims."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -211,6 +226,14 @@ def test_the_page_is_current(monkeypatch):
 
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert memory_page(text) == text, "run `make docs`"
+
+
+def test_the_page_of_methods_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import methods_page
+
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert methods_page(text) == text, "run `make docs`"
 
 
 def test_the_numbers_of_the_readmes(yaml, capsys):

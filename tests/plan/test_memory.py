@@ -13,17 +13,19 @@ from fitune.data.prepare import Row
 from fitune.engine.groups import adapter_columns
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import SPECS, Unsupported, block_spec
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, PlanError
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import DTYPES, Base, load_base
-from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.model.quantize import QuantLinear, quantize_blocks, use_int8
 from fitune.plan.arch import read_arch
+from fitune.plan.budget import check_budget
 from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
 from fitune.plan.job import block_columns
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import lora_columns, plan_memory, planned_level
-from fitune.plan.parts import PHASES, parts, plain_bytes_per_token, quantized_bytes
+from fitune.plan.part import PHASES
+from fitune.plan.parts import parts, plain_bytes_per_token, quantized_bytes
 from fitune.plan.saves import LEVELS
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import PlainPath
@@ -173,6 +175,16 @@ def test_what_the_plain_path_keeps_per_token(kind, method, wide):
         ({"name": "full"}, "bf16", "fp32"),
         ({"name": "full"}, "fp32", "fp32"),
         ({"name": "bitfit"}, "bf16", "bf16"),
+        ({"name": "lora", "r": 4, "init": "pissa"}, "bf16", "fp32"),
+        ({"name": "lora", "r": 4, "dora": True}, "bf16", "bf16"),
+        ({"name": "lora", "r": 4, "modules_to_save": ["lm_head", "norm"]}, "bf16", "fp32"),
+        ({"name": "lora", "r": 4, "modules_to_save": ["lm_head", "norm"]}, "fp32", "bf16"),
+        ({"name": "freeze", "num_layers": 1}, "bf16", "fp32"),
+        ({"name": "prompt"}, "bf16", "fp32"),
+        ({"name": "prompt"}, "fp32", "bf16"),
+        ({"name": "ptuning"}, "bf16", "fp32"),
+        ({"name": "prefix", "projection": True}, "bf16", "fp32"),
+        ({"name": "ia3"}, "bf16", "fp32"),
     ],
 )
 def test_what_training_holds_per_trained_parameter(tiny_qwen, method, dtype, optimizer_dtype):
@@ -191,16 +203,21 @@ def test_what_training_holds_per_trained_parameter(tiny_qwen, method, dtype, opt
         (parameter.sum() * 0.1).backward()
     gradients = optimizer.gradients()
     optimizer.step(1e-3)
-    found = by_name(plan_memory(arch, config, "no data"))
-    trained = trainable(model)
-    adapters = sum(p.numel() * p.element_size() for p in trained.values()) if method["name"] == "lora" else 0
+    plan = plan_memory(arch, config, "no data")
+    found, trained = by_name(plan), trainable(model)
+    added = method["name"] not in ("full", "freeze", "bitfit")
+    copies = {name for name in trained if "modules_to_save" in name}
+    adapters = sum(p.nbytes for name, p in trained.items() if added and name not in copies)
+    starts = sum(buffer.nbytes for name, buffer in model.named_buffers() if "initial_" in name)
     masters = [m for name, m in optimizer.masters.items() if m is not trained[name]]
     states = {k: t for k, t in optimizer.state().items() if k.endswith(("exp_avg", "exp_avg_sq"))}
     assert found.get("adapters", 0) == adapters
+    assert found.get("adapters as they began", 0) == starts
+    assert found.get("modules trained whole", 0) == sum(trained[name].nbytes for name in copies)
     assert found.get("master weights", 0) == sum(m.numel() * m.element_size() for m in masters)
     assert found["optimizer states"] == sum(t.numel() * t.element_size() for t in states.values())
-    # The engine adds to fp32 gradients, whatever the parameters and the masters are.
-    engine = method["name"] != "full"
+    # The engine adds to fp32 gradients, whatever the parameters and the masters are, but for those left to autograd.
+    engine = plan.job.own_gradients
     assert found["gradients"] == sum(g.numel() * (4 if engine else g.element_size()) for g in gradients)
     assert found.get("gradients of masters", 0) == (sum(g.nbytes for g in gradients if g.itemsize < 4) if engine else 0)
 
@@ -254,6 +271,40 @@ def test_quantized_storage():
 def test_quantized_layers_are_counted_to_the_byte(kind):
     layer = QuantLinear(torch.randn(24, 72), None, kind)
     assert quantized_bytes(kind, 24, 72) == sum(buffer.nbytes for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_stored_layers_are_counted_to_the_byte(double):
+    layer = QuantLinear(torch.randn(24, 72), None, "nf4")
+    buffers = {
+        "codes": layer.codes,
+        "absmax": layer.absmax,
+        "nested_absmax": layer.nested_absmax,
+        "offset": layer.offset,
+    }
+    if not double:
+        buffers = {"codes": layer.codes, "absmax": torch.rand(27)}
+    layer = QuantLinear.stored(buffers, torch.Size([24, 72]), None, "nf4", torch.float32)
+    assert quantized_bytes("nf4", 24, 72, double) == sum(buffer.nbytes for buffer in layer.buffers())
+
+
+def test_a_plan_follows_what_bitsandbytes_stored():
+    section = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    settings = {"model": {"path": "m", "quantization": "nf4"}}
+    ours = by_name(plan_of(LLAMA_8B, **settings))
+    double, single = (
+        by_name(plan_of(LLAMA_8B | {"quantization_config": section | {"bnb_4bit_use_double_quant": value}}, **settings))
+        for value in (True, False)
+    )
+    assert "weights being quantized" in ours
+    assert "weights being quantized" not in double
+    assert double["block weights"] == ours["block weights"]
+    weights = sum(
+        parameter.elements * parameter.copies
+        for parameter in read_arch(LLAMA_8B).parameters
+        if "proj" in parameter.name
+    )
+    assert single["block weights"] - double["block weights"] == pytest.approx(weights * 3 / 64, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
@@ -385,8 +436,11 @@ def test_llama_1b_stays_near_the_design():
     ("config", "method", "train", "reason"),
     [
         (BLOOM_1B4 | {"hidden_dropout": 0.1}, {"name": "lora"}, {}, "hidden_dropout"),
-        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains LoRA adapters and biases"),
+        (BLOOM_1B4, {"name": "full"}, {}, "method.name=full; the engine trains adapters, biases and virtual tokens"),
         (LLAMA_1B, {"name": "full"}, {}, "method.name=full"),
+        (LLAMA_1B, {"name": "ia3", "target_modules": "linear"}, {}, "IA3's factors on other layers"),
+        (LLAMA_1B, {"name": "lora", "dora": True}, {}, "DoRA"),
+        (LLAMA_1B, {"name": "lora", "modules_to_save": ["norm"]}, {}, "method.modules_to_save"),
         (LLAMA_1B, {"name": "lora"}, {"path": "plain"}, "train.path=plain"),
     ],
 )
@@ -397,6 +451,16 @@ def test_the_plain_path_is_said_to_need_more(config, method, train, reason):
     assert by_name(plan)["logits"] == 2 * 1024 * vocab * 2  # padding included
     assert not {"self-check: engine", "working set", "rotary tables"} & set(by_name(plan))
     assert plan.job.shape.lora == (0, 0, 0, 0)
+
+
+def test_llm_int8_is_planned_on_the_plain_path_in_the_engine_s_words():
+    plan = plan_of(LLAMA_1B, model={"path": "m", "quantization": "int8", "int8_compute": "llm_int8"})
+    real = meta_model(TINY["llama"]).to_empty(device="cpu").requires_grad_(False)
+    quantize_blocks(real, "int8", torch.device("cpu"))
+    use_int8(real, "llm_int8", 6.0)
+    with pytest.raises(Unsupported) as refused:
+        block_spec(real, "llama")
+    assert plan.plain_reason == str(refused.value) == "model.int8_compute=llm_int8"
 
 
 @pytest.mark.parametrize(("targets", "width"), [("attention", 2048), ("linear", 8192)])
@@ -514,3 +578,35 @@ def test_constants_by_device_name(name, row):
     plan = plan_memory(read_arch(LLAMA_1B), settings(), Lengths((10, 20)), row)
     assert by_name(plan)["cuBLAS workspaces"] == 2 * row.workspace_bytes
     assert math.isclose(row.workspace_bytes / 2**20, 8.125 if row is OLDER else 32)
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks", "tokens"),
+    [
+        ({"name": "freeze", "num_layers": 3}, 3, 0),
+        ({"name": "freeze", "num_layers": 0, "also": ["norm"]}, 0, 0),
+        ({"name": "freeze", "patterns": ["*.layers.10.*"]}, 6, 0),
+        ({"name": "prompt", "num_virtual_tokens": 20}, 16, 20),
+        ({"name": "ptuning", "num_virtual_tokens": 7}, 16, 7),
+        ({"name": "prefix", "num_virtual_tokens": 20}, 16, 0),
+        ({"name": "ia3", "target_modules": ["layers.12.mlp.down_proj", "layers.14.self_attn.k_proj"]}, 4, 0),
+        ({"name": "lora", "target_modules": ["layers.12.mlp.down_proj"], "modules_to_save": ["norm"]}, 4, 0),
+        ({"name": "lora", "target_modules": ["layers.12.mlp.down_proj"], "modules_to_save": ["embed_tokens"]}, 16, 0),
+    ],
+)
+def test_what_the_plain_path_keeps_at_least(method, blocks, tokens):
+    """Blocks below the lowest trained one keep nothing; virtual tokens make every row longer."""
+    job = plan_of(LLAMA_1B, method, train={"micro_batch_rows": 2, "path": "plain"}).job
+    assert (job.kept_blocks, job.capacity) == (blocks, 2 * (1024 + tokens))
+
+
+def test_advice_leaves_out_what_the_method_refuses():
+    train = {"micro_batch_rows": 1, "path": "plain"}
+    for method in ({"name": "prefix"}, {"name": "lora", "init": "pissa", "dora": False, "modules_to_save": ["norm"]}):
+        config = settings(method, memory={"budget": 3}, train=train, data={"max_length": 1024})
+        plan = plan_memory(read_arch(LLAMA_1B), config, "no data")
+        with pytest.raises(PlanError) as caught:
+            check_budget(plan, config, "no data")
+        said = str(caught.value)
+        assert ("activation_checkpointing" in said) == (method["name"] != "prefix")
+        assert ("quantization" in said) == (method["name"] == "prefix")

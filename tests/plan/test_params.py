@@ -18,9 +18,9 @@ def method(name="lora", **keys):
     return build({"model": {"path": "m"}, "method": {"name": name, **keys}}).method
 
 
-def real(config, section):
+def real(config, section, tokenizer):
     """(trainable, total) of the real model, and the sizes of its trainable tensors."""
-    base = Base(meta_model(config).requires_grad_(False), None, config["model_type"], 128, "")
+    base = Base(meta_model(config).requires_grad_(False), tokenizer, config["model_type"], 128, "")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         model = METHODS[section.name].apply(base, section)
@@ -50,6 +50,7 @@ EVERYWHERE = [
     {"name": "ia3", "feedforward_modules": []},
     {"name": "lora", "dora": True, "target_modules": "linear"},
     {"name": "lora", "modules_to_save": ["lm_head"]},
+    {"name": "lora", "new_tokens": ["<a>", "<b>", "<c>"]},
 ]
 CASES = [
     *((name, {"name": "lora", "target_modules": which}) for name in TINY for which in ("attention", "linear")),
@@ -72,9 +73,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "section"), CASES, ids=[f"{name}: {list(s.values())}" for name, s in CASES])
-def test_formulas_are_the_real_methods(name, section):
+def test_formulas_are_the_real_methods(name, section, tiny):
     arch, section = read_arch(TINY[name]), method(**section)
-    (trained, total), sizes = real(TINY[name], section)
+    (trained, total), sizes = real(TINY[name], section, tiny)
     counted = count(arch, section)
     assert (counted.trainable, counted.total) == (trained, total)
     assert sorted(t.elements for t in trainable(arch, section) for _ in range(t.copies)) == sizes

@@ -66,20 +66,27 @@ def _storages(tree) -> Iterator[torch.UntypedStorage]:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(
-    ("changes", "r", "quantization", "moment"),
+    ("kind", "changes", "r", "quantization", "moment"),
     [
-        ({"vocab_size": 4096, "num_hidden_layers": 3}, 4, "none", "logits"),
-        ({"num_hidden_layers": 24, "intermediate_size": 352}, 4, "none", "autograd"),
-        ({"hidden_size": 256, "intermediate_size": 1024}, 64, "none", "autograd"),
-        ({"hidden_size": 512, "intermediate_size": 2048}, 4, "int8", "autograd"),
+        ("llama", {"vocab_size": 4096, "num_hidden_layers": 3}, 4, "none", "logits"),
+        ("llama", {"num_hidden_layers": 24, "intermediate_size": 352}, 4, "none", "autograd"),
+        ("llama", {"hidden_size": 256, "intermediate_size": 1024}, 64, "none", "autograd"),
+        ("llama", {"hidden_size": 512, "intermediate_size": 2048}, 4, "int8", "autograd"),
+        ("qwen2", {"hidden_size": 256, "intermediate_size": 1024}, 0, "none", "autograd"),
+        ("bloom", {"hidden_size": 256}, 4, "none", "autograd"),
+        ("bloom", {"hidden_size": 256}, 0, "none", "autograd"),
+        ("chatglm", {"hidden_size": 256, "inner_hidden_size": 1024}, 4, "none", "autograd"),
+        ("chatglm", {"hidden_size": 256, "inner_hidden_size": 1024}, 0, "none", "autograd"),
     ],
 )
-def test_the_self_check_takes_what_is_planned(dtype, changes, r, quantization, moment):
-    arch = {**TINY["llama"], **changes, "head_dim": changes.get("hidden_size", 64) // 4}
+def test_the_self_check_takes_what_is_planned(dtype, kind, changes, r, quantization, moment):
+    """r = 0 is BitFit."""
+    arch = {**TINY[kind], **changes}
+    arch |= {"head_dim": changes.get("hidden_size", 64) // 4} if kind in ("llama", "qwen2") else {}
     config = build(
         {
             "model": {"path": "m", "dtype": dtype, "quantization": quantization},
-            "method": {"name": "lora", "r": r, "target_modules": "linear"},
+            "method": {"name": "lora", "r": r, "target_modules": "linear"} if r else {"name": "bitfit"},
             "data": {"max_length": 256},
             "train": {"device": "cpu"},
         }
@@ -88,14 +95,15 @@ def test_the_self_check_takes_what_is_planned(dtype, changes, r, quantization, m
     torch.manual_seed(0)
     for parameter in real.parameters():
         parameter.data.normal_(0, 0.02)
-    real.model.rotary_emb = type(real.model.rotary_emb)(real.model.config)  # its table is no parameter
+    if hasattr(real, "model"):
+        real.model.rotary_emb = type(real.model.rotary_emb)(real.model.config)  # its table is no parameter
     if quantization != "none":
         quantize_blocks(real, quantization, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        model = METHODS["lora"].apply(Base(real, None, "llama", arch["vocab_size"], ""), config.method)
+        model = METHODS[config.method.name].apply(Base(real, None, kind, arch["vocab_size"], ""), config.method)
     tokens = check_tokens(arch["vocab_size"])
-    engine = EnginePath(model, "llama", "elementwise", tokens, 256)
+    engine = EnginePath(model, kind, "elementwise", tokens, 256)
     row = Row(tuple(range(1, 101)) + tuple(range(1, 101)), bytes([0]) + bytes([1]) * 199, "f:1")
     with Alive() as alive:
         self_check(model, Unseen(engine), row)

@@ -126,6 +126,25 @@ def test_a_bare_model_can_be_opened_quantized(tiny):
         fitune.load(tiny, quantization="int4")
 
 
+def test_llm_int8_trains_and_answers_on_the_plain_path(tree, tmp_path, capsys):
+    tree["model"] |= {"quantization": "int8", "int8_compute": "llm_int8", "int8_threshold": 2.0}
+    tree["data"]["packing"] = True
+    del tree["train"]["micro_batch_rows"]
+    run.train(build(tree))
+    assert "plain path: model.int8_compute=llm_int8" in " ".join(capsys.readouterr().err.split())
+    rows = metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]
+    loaded = fitune.load(tmp_path / "run", device="cpu")
+    layers = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
+    assert {(layer.compute, layer.threshold) for layer in layers} == {("llm_int8", 2.0)}
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert evaluate_run(tmp_path / "run")["loss"] == pytest.approx(stored["best_eval_loss"], rel=1e-5)
+    tree["train"]["path"] = "fast"
+    with pytest.raises(ConfigError, match="the engine cannot run this: model.int8_compute=llm_int8"):
+        run.train(build(tree), quiet=True, replace=True)
+
+
 def test_emulated_fp8_is_said(tree, capsys):
     tree["model"]["quantization"] = "fp8"
     run.train(build(tree))

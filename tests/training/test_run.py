@@ -105,11 +105,14 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(tree, tmp_path):
         assert curve == pytest.approx(curves[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["full", "bitfit"])
-def test_other_methods_run_and_resume(tree, tmp_path, tiny_qwen, method):
+@pytest.mark.parametrize(
+    ("family", "method", "path"),
+    [("tiny_qwen", "full", "plain"), ("tiny_qwen", "bitfit", "fast"), ("tiny_bloom", "bitfit", "fast")],
+)
+def test_other_methods_run_and_resume(tree, tmp_path, request, family, method, path):
     tree["method"] = {"name": method}
-    tree["model"] = {"path": str(tiny_qwen), "dtype": "bf16"}
-    go(tree)
+    tree["model"] = {"path": str(request.getfixturevalue(family)), "dtype": "bf16"}
+    go(tree, train__path=path)
     whole = tmp_path / "run"
     half = shutil.copytree(whole, tmp_path / "half")
     for step in (half / "checkpoints").iterdir():

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine_models import make, make_rows
 from fitune.config import build
 from fitune.engine import block, groups
+from fitune.engine.path import EnginePath
 from fitune.errors import FituneError
 from fitune.training import run, self_check
 
@@ -67,6 +69,39 @@ def test_bloom_passes_and_a_wrong_kernel_is_refused(tree, tiny_bloom, monkeypatc
             patch.setattr(block, kernel, wrong(getattr(block, kernel)))
             with pytest.raises(FituneError, match="the fast path disagrees with the plain path"):
                 train(tree)
+
+
+def forget_prefix(real):
+    def attention(qkv, scoring, out, lse):
+        documents = scoring.documents
+        real(qkv, replace(scoring, documents=replace(documents, until_T=documents.start_T)), out, lse)
+
+    return attention
+
+
+WRONG_CHATGLM = {
+    "attention": forget_prefix,
+    "rotate": lambda real: (
+        lambda x, rotary, positions, heads, out: real(x, rotary, positions[:1].expand(2, -1), heads, out)
+    ),
+    "norm_backward": lambda real: lambda dy, x, norm, *rest: real(dy, x, replace(norm, carried=7.0), *rest),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chatglm_passes_and_a_wrong_kernel_is_refused(monkeypatch, method, dtype):
+    """The tokens that are compared hold the end of the prefix, wherever in the row it is."""
+    model, model_type = make("chatglm", dtype=dtype, name=method)
+    engine = EnginePath(model, model_type, "full", 256, 256)
+    (row,) = make_rows([900])
+    row = replace(row, learn=bytes(450) + bytes([1]) * 450)
+    assert "equals the plain path on 256 tokens" in self_check.self_check(model, engine, row)
+    for kernel, wrong in WRONG_CHATGLM.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(block, kernel, wrong(getattr(block, kernel)))
+            with pytest.raises(FituneError, match="the fast path disagrees with the plain path"):
+                self_check.self_check(model, engine, row)
 
 
 @pytest.mark.parametrize("module", [block, groups])

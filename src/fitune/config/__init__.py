@@ -1,6 +1,6 @@
 """The one typed, closed configuration. See schema.py and methods.py for every knob, load.py for how one is made."""
 
-from fitune.config.load import build, dump, leaves, load
+from fitune.config.load import build, check, dump, leaves, load
 from fitune.config.methods import (
     BitfitConfig,
     FreezeConfig,
@@ -12,6 +12,7 @@ from fitune.config.methods import (
     PromptConfig,
     PromptLearning,
     PtuningConfig,
+    new_tokens,
 )
 from fitune.config.schema import (
     DataConfig,
@@ -40,7 +41,9 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "build",
+    "check",
     "dump",
     "leaves",
     "load",
+    "new_tokens",
 ]

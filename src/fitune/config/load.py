@@ -113,11 +113,20 @@ def build(tree: Mapping[str, Any], name: str = "run") -> RunConfig:
         if len(mistakes) > MAX_MISTAKES:
             lines.append(f"... and {len(mistakes) - MAX_MISTAKES} more mistakes")
         raise ConfigError("\n".join(lines)) from error
-    for check in (*CHECKS, *METHOD_CHECKS):
-        problem = check(config)
+    check(config)
+    return _resolve(config, name)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: with the first problem.
+    """
+    for find in (*CHECKS, *METHOD_CHECKS):
+        problem = find(config)
         if problem:
             raise ConfigError(problem)
-    return _resolve(config, name)
 
 
 def dump(config: RunConfig) -> str:
@@ -205,12 +214,23 @@ def _full_trains_what_quantization_freezes(config: RunConfig) -> str | None:
     return None
 
 
+def _llm_int8_is_for_int8(config: RunConfig) -> str | None:
+    model = config.model
+    if model.int8_compute == "llm_int8" and model.quantization not in ("int8", "none"):
+        return (
+            f"model.int8_compute is llm_int8, but model.quantization is {model.quantization}; set "
+            "model.quantization=int8 or model.int8_compute=weight_only"
+        )
+    return None
+
+
 CHECKS = (
     _one_global_batch,
     _micro_batch_matches_packing,
     _adam_epsilon_exists_in_fp16,
     _eight_bit_states_have_their_own_dtype,
     _full_trains_what_quantization_freezes,
+    _llm_int8_is_for_int8,
 )
 
 

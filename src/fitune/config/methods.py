@@ -107,6 +107,11 @@ class LoraConfig(Section):
         description="Modules outside the adapted layers that are trained whole and stored with the adapter, such as "
         "[embed_tokens, lm_head] or [norm]; tied ones stay tied.",
     )
+    new_tokens: Names = Field(
+        (),
+        description="Texts that become tokens of their own: their rows of embedding and head are trained, and stored "
+        "with the adapter.",
+    )
     adapter: Adapter = None
 
 
@@ -246,4 +251,11 @@ MethodConfig = Annotated[AnyMethod, Field(discriminator="name")]
 METHODS: dict[str, type[AnyMethod]] = {
     get_args(member.model_fields["name"].annotation)[0]: member for member in get_args(AnyMethod)
 }
+
+
+def new_tokens(method: AnyMethod) -> tuple[str, ...]:
+    """Texts that the tokenizer of a run has as tokens besides its own."""
+    return method.new_tokens if isinstance(method, LoraConfig) else ()
+
+
 PromptLearning = PromptConfig | PtuningConfig | PrefixConfig  # virtual tokens instead of weights

@@ -29,8 +29,20 @@ class ModelConfig(Section):
     )
     quantization: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
         "none",
-        description="How the frozen linear layers of the blocks are stored: `none` (in dtype), `int8`, `nf4` or `fp4` "
-        "(4 bits), expanded for each product; `fp8`, multiplied as it is on GPUs that can. Not for method full.",
+        description="How the frozen linear layers of the blocks are stored: `none` (in dtype; what bitsandbytes "
+        "quantized stays so), `int8`, `nf4` or `fp4` (4 bits), expanded for each product; `fp8`, multiplied as it is "
+        "on GPUs that can. Not for method full.",
+    )
+    int8_compute: Literal["weight_only", "llm_int8"] = Field(
+        "weight_only",
+        description="How int8 weights multiply: `weight_only` (expanded to dtype) or `llm_int8` (inputs in 8 bits too, "
+        "outlier columns in dtype, as in LLM.int8(); on the plain path).",
+    )
+    int8_threshold: Number = Field(
+        6.0,
+        ge=0,
+        le=65504,
+        description="Magnitude from which a column of the inputs is an outlier of `llm_int8`; 0: no column is.",
     )
 
     _path = field_validator("path")(check_path)
@@ -52,8 +64,8 @@ class DataConfig(Section):
         "auto",
         min_length=1,
         description="Conversation layout: `model` (the tokenizer's own chat template), tutorial, alpaca, chatml, "
-        "llama3, chatglm3, chatglm2; `auto` is `model` if the tokenizer has a template, else that of ChatGLM for its "
-        "tokenizers, else `tutorial`.",
+        "llama3, chatglm3, chatglm2, chatglm; `auto` is `model` if the tokenizer has a template, else that of ChatGLM "
+        "for its tokenizers, else `tutorial`.",
     )
     max_length: Whole = Field(
         1024, ge=8, le=10_000_000, description="Longest row, in tokens, end-of-sequence token included."
@@ -162,7 +174,7 @@ class TrainConfig(Section):
         description="What the backward pass computes again instead of keeping, from most memory to least: `none`, "
         "`elementwise` (norms and activations; the same as false), `attention` (the first half of the MLP besides), "
         "`full` (everything but each block's input; the same as true: about a third more time), `offload` (the same, "
-        "with those inputs in host memory).",
+        "with those inputs, and an untied embedding, in host memory).",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; `auto`: cuda if there is one.")
     save_every_steps: Whole = Field(100, gt=0, le=MANY, description="Commit a checkpoint every so many steps.")

@@ -41,6 +41,7 @@ class Tokenizer:
 
     Attributes:
         folder: where it was loaded from.
+        new_tokens: texts that are tokens here and not in the folder (method.new_tokens).
         vocab_size: ids, added tokens included; the highest id plus one.
         bos_id, eos_id, pad_id, unk_id: None when the tokenizer has none.
         stop_ids: ids that end an answer: eos, those of generation_config.json, and END_TOKENS.
@@ -56,8 +57,9 @@ class Tokenizer:
         hash: sha256 over the files read.
     """
 
-    def __init__(self, files: TokenizerFiles) -> None:
+    def __init__(self, files: TokenizerFiles, new_tokens: Sequence[str] = ()) -> None:
         self.folder: Path = files.folder
+        self.new_tokens = tuple(new_tokens)
         self.note = files.note
         self.hash = files.hash()
         self.chat_template = files.chat_template()
@@ -82,13 +84,16 @@ class Tokenizer:
         self._special = _split_pattern(token for token in decoder.values() if token.special)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, new_tokens: Sequence[str] = ()) -> Tokenizer:
         """Load the tokenizer of a model folder.
 
+        Args:
+            new_tokens: texts that become tokens of their own.
+
         Raises:
-            ConfigError: there is none, or its files do not belong together.
+            ConfigError: there is none, its files do not belong together, or a new token is none.
         """
-        return cls(TokenizerFiles.read(Path(folder)))
+        return cls(TokenizerFiles.read(Path(folder)).with_tokens(new_tokens), new_tokens)
 
     def encode(self, text: str, *, at_start: bool = True) -> list[int]:
         """Ids of plain text, no bos or eos; special tokens in it are encoded as the text they look like.
@@ -107,6 +112,10 @@ class Tokenizer:
         """Text of ids; special tokens are left out unless asked for."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    def token_id(self, text: str) -> int | None:
+        """Id of a whole token, or None if there is no such token."""
+        return self._id(text)
+
     def spell(self, token: int) -> str:
         """How the vocabulary writes one id; byte-level ones as text, if they are whole characters."""
         if "ByteLevel(" in str(self._backend.pre_tokenizer):
@@ -121,7 +130,7 @@ class Tokenizer:
         Raises:
             OSError: the disk refused.
         """
-        TokenizerFiles.read(self.folder).save(target)
+        TokenizerFiles.read(self.folder).with_tokens(self.new_tokens).save(target)
 
     def split(self, text: str) -> list[str | int]:
         """Cut a rendered template into plain texts and the ids of its special tokens; for trusted text only."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,35 @@ class TokenizerFiles:
         config, published = self.json("config.json"), self.json("tokenizer_config.json")
         contents = chatglm.converted_files(self.folder, config, published, self.contents.get("tokenizer.model"))
         return TokenizerFiles(self.folder, contents, chatglm.TEMPLATE_NOTE if published.get("chat_template") else None)
+
+    def with_tokens(self, texts: Sequence[str]) -> TokenizerFiles:
+        """The same tokenizer in which each of these texts is one token, with ids after all others.
+
+        Raises:
+            ConfigError: one of them is a token already, or the tokenizer takes no more.
+        """
+        if not texts:
+            return self
+        backend = self.backend()
+        if isinstance(backend, ice_text.IceText):
+            raise ConfigError(f"method.new_tokens: the tokenizer of {self.folder} takes no more tokens")
+        known = [text for text in texts if backend.token_to_id(text) is not None]
+        if known:
+            raise ConfigError(
+                f"method.new_tokens: {known[0]!r:.60} is a token of {self.folder} already (id "
+                f"{backend.token_to_id(known[0])}); leave it out"
+            )
+        added = [tokenizers.AddedToken(text, special=False, normalized=False) for text in texts]
+        backend.add_tokens(added)
+        contents = {**self.contents, "tokenizer.json": backend.to_str().encode("utf-8")}
+        config = self.json("tokenizer_config.json")
+        decoder = config.get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+            entries = {str(backend.token_to_id(text)): {"content": text, **flags} for text in texts}
+            config = {**config, "added_tokens_decoder": {**decoder, **entries}}
+            contents["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode("utf-8")
+        return TokenizerFiles(self.folder, contents, self.note)
 
     def save(self, target: Path) -> None:
         """Write what makes up the tokenizer into another model folder; the model's own configuration stays out."""

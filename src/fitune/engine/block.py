@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fitune.engine.factors import input_factors, output_factors, refuse_factors
 from fitune.engine.groups import Group
 from fitune.engine.products import Scratch
 from fitune.engine.spec import BlockSpec, frozen_norm
 from fitune.engine.trained import Trained
+from fitune.engine.virtual import Prefix
 from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
 from fitune.kernels.dropout import Dropout, Mask
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
@@ -42,12 +44,14 @@ class Tokens:
         documents: where each token's document starts and ends, and its prefix.
         rotary: cos and sin tables; None: positions are not rotary.
         slopes_h: ALiBi's, per head; None: positions are not ALiBi.
+        first_D: the first of each document's virtual tokens, -1 where there is no document; None: there are none.
     """
 
     positions_AT: torch.Tensor
     documents: Documents
     rotary: Rotary | None
     slopes_h: torch.Tensor | None
+    first_D: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,15 @@ class Block:
             name: Group([layer.get_submodule(path) for path in paths], dtype, scratch, trained)
             for name, paths in spec.names().items()
         }
+        modules = {name: [layer.get_submodule(path) for path in paths] for name, paths in spec.names().items()}
+        refuse_factors([*modules["o"], *modules["up"]])
+        self.qkv_factors = output_factors(modules["qkv"], trained)
+        self.act_factors = input_factors(modules["down"][0], trained)
         self.norm1, self.norm2 = (_norm(layer, spec, number, trained) for number in "12")
         self.head_norm = _head_norm(layer, spec)
         self.shape: BlockShape  # set once the adapters of all blocks are known
         self.first = False  # nothing trains below: no gradient of the block's input is needed
+        self.prefix: Prefix | None = None
 
     def use_dropout(self, dropout: Dropout, number: int) -> None:
         """Drop inputs of this block's adapters: one mask per group, its stream is that of block and group."""
@@ -98,10 +107,18 @@ class Block:
         return qkv, o, up, down
 
     @property
+    def scaled(self) -> int:
+        """Width of the buffer for what factors multiply."""
+        widths = (self.groups["qkv"].outs, self.qkv_factors), (self.groups["down"].ins, self.act_factors)
+        return max(width if factors is not None else 0 for width, factors in widths)
+
+    @property
     def trains(self) -> bool:
         """Some parameter of this block is trained."""
         norms = (self.norm1.dbias_H, self.norm2.dbias_H)
-        return any(group.trains for group in self.groups.values()) or any(bias is not None for bias in norms)
+        others = self.prefix is not None or any(bias is not None for bias in norms)
+        others |= any(factors is not None and factors.trains for factors in (self.qkv_factors, self.act_factors))
+        return others or any(group.trains for group in self.groups.values())
 
     def forward(self, v: Views, tokens: Tokens, stream: torch.Tensor | None) -> torch.Tensor:
         """From the block below, its stream (None: the input is in `x` already) and its `branch`, to `branch`.
@@ -122,6 +139,8 @@ class Block:
         act, h = self._input(v, "down")
         (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], act)
         self._down_project("down", v, again=False)
+        if self.act_factors is not None:
+            act = self.act_factors.scale(act, _carve(v["scaled"], 0, self.shape.intermediate))
         self.groups["down"].forward(act, h, v["branch"])
         return self._stream(v["mid"], y2)
 
@@ -180,19 +199,33 @@ class Block:
         return QKV.of_rows(rows_Tn, self.shape.heads, self.shape.kv_heads)
 
     def _queries_keys_values(self, v: Views, tokens: Tokens, rotated: bool) -> QKV:
-        """Rotated queries and keys, and values.
+        """Rotated queries and keys, and values; those of a prefix in their places.
 
         Without per-head norms the rotation is done in place, once. With them `qkv` keeps the projections' output, from
-        which normed and rotated queries and keys are made in `normed`, again in the backward pass.
+        which normed and rotated queries and keys are made in `normed`, again in the backward pass. With factors, too;
+        what they make of it, in `scaled`, takes its place.
         """
-        shape, rotary, qkv = self.shape, tokens.rotary, v["qkv"]
+        shape, rotary, qkv = self.shape, tokens.rotary, self._projected(v)
+        if self.qkv_factors is not None:
+            self.qkv_factors.scale(v["qkv"], qkv)
+            rotated = False
         if self.head_norm is None or rotary is None:
             if rotary is not None and not rotated:
                 rotate(qkv, rotary, tokens.positions_AT, shape.heads + shape.kv_heads, qkv)
-            return self._heads(qkv)
+            return self._with_prefix(self._heads(qkv), tokens)
         q, k = v["normed"][:, : shape.attention], v["normed"][:, shape.attention :]
         qk_norm_rotate(qkv, self.head_norm, rotary, tokens.positions_AT, q, k)
-        return QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape))
+        return self._with_prefix(QKV(_split(q, shape), _split(k, shape), _split(qkv[:, -k.shape[1] :], shape)), tokens)
+
+    def _projected(self, v: Views) -> torch.Tensor:
+        """Queries, keys and values behind their factors, if there are any."""
+        return v["qkv"] if self.qkv_factors is None else _carve(v["scaled"], 0, self.shape.qkv)
+
+    def _with_prefix(self, qkv: QKV, tokens: Tokens) -> QKV:
+        if self.prefix is not None:
+            assert tokens.first_D is not None
+            self.prefix.place(qkv, tokens.first_D)
+        return qkv
 
     def _up(self, v: Views, again: bool) -> None:
         self._down_project("up", v, again)
@@ -221,6 +254,8 @@ class Block:
         dact = _carve(v["scratch"], 0, shape.intermediate)
         down.input_gradient(d, t, dact, v.get("dropped"))
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
+        if self.act_factors is not None:
+            self.act_factors.backward(dact, self._act(v) if kept is None else kept)
         act = dact if down.R and kept is None else None  # made again where the gradient was
         (swiglu_backward if shape.gated else gelu_backward)(dact, gate_up, gate_up, act)
         if down.R:
@@ -228,9 +263,17 @@ class Block:
         stop = self.first and not self.groups["o"].needs_gradient and not self._trains_before_attention
         self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop)
 
+    def _act(self, v: Views) -> torch.Tensor:
+        """The activation, made again where its scaled copy was."""
+        out = _carve(v["scaled"], 0, self.shape.intermediate)
+        (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], out)
+        return out
+
     @property
     def _trains_before_attention(self) -> bool:
-        return self.groups["qkv"].needs_gradient or self.norm1.dbias_H is not None
+        factors = self.qkv_factors is not None and self.qkv_factors.trains
+        others = factors or self.norm1.dbias_H is not None or self.prefix is not None
+        return others or self.groups["qkv"].needs_gradient
 
     def _backward_attention(self, v: Views, tokens: Tokens) -> None:
         shape, qkv_group, o = self.shape, self.groups["qkv"], self.groups["o"]
@@ -249,7 +292,12 @@ class Block:
         inputs, grads = self._queries_keys_values(v, tokens, rotated=True), self._heads(dout[0])
         scoring = self._scoring(tokens)
         attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, v["delta"])
+        if self.prefix is not None:
+            assert tokens.first_D is not None
+            self.prefix.take(grads, tokens.first_D)
         self._rotate_back(v, tokens, dout[0])
+        if self.qkv_factors is not None:
+            self.qkv_factors.backward(dout[0], v["qkv"])
         self._through_norm(v, self.norm1, qkv_group, dout, stop=self.first)
 
     def _rotate_back(self, v: Views, tokens: Tokens, dqkv: torch.Tensor) -> None:
@@ -262,7 +310,7 @@ class Block:
             return
         kv = shape.kv_heads * shape.head_dim
         parts = dqkv[:, : shape.attention], dqkv[:, shape.attention : -kv], dqkv[:, -kv:]
-        qk_norm_rotate_backward(parts, v["qkv"], self.head_norm, rotary, positions, dqkv)
+        qk_norm_rotate_backward(parts, self._projected(v), self.head_norm, rotary, positions, dqkv)
 
     def _through_norm(
         self, v: Views, norm: BlockNorm, group: Group, dout: tuple[torch.Tensor, torch.Tensor], stop: bool

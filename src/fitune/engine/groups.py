@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fitune.engine.products import Expanded, Fused, Product, RowsFp8, Scratch
+from fitune.engine.spec import Unsupported
 from fitune.engine.trained import Trained, joined
 from fitune.kernels.dropout import Mask, drop, drop_add
 from fitune.kernels.refresh import Copy
@@ -54,6 +55,8 @@ class Group:
         dtype: of activations and of the adapters' copies.
         scratch: memory that products of quantized groups share.
         trained: where gradients are added up.
+    Raises:
+        Unsupported: the projections are stored in different ways.
     Memory: see `engine.products` for the weights.
     """
 
@@ -63,7 +66,10 @@ class Group:
         self.outs = sum(linear.out_features for linear in linears)
         self.adapters = _adapters(modules)
         self.R = adapter_columns([adapter.A.shape[0] for adapter in self.adapters])
-        self.quantization: str = getattr(linears[0], "quantization", "none")
+        stored = {getattr(linear, "quantization", "none") for linear in linears}
+        if len(stored) > 1:  # a bitsandbytes folder may leave some layers of a block in 16 bits
+            raise Unsupported(f"projections of one input stored as {' and '.join(sorted(stored))}")
+        self.quantization: str = stored.pop()
         self.mask: Mask | None = None  # of the adapters' common input
         self._dA = trained.gradient(*(adapter.A for adapter in self.adapters))  # of all A at once
         self._dBs = [trained.gradient(adapter.B) for adapter in self.adapters]

@@ -14,7 +14,7 @@ from fitune.kernels.cross_entropy import cross_entropy_, loss_only
 from fitune.kernels.norm import Norm, add_norm, norm_backward
 from fitune.kernels.rows import scatter_rows
 from fitune.kernels.sums import add_column_sums
-from fitune.plan.saves import head_rows
+from fitune.plan.saves import head_rows, padded_vocabulary
 
 IGNORE = -100
 
@@ -36,7 +36,9 @@ class Head:
         vocabulary, hidden = self._weight_VH.shape
         dtype, device = self._weight_VH.dtype, self._weight_VH.device
         self.rows = head_rows(vocabulary, dtype.itemsize)
-        self._logits_MV = torch.empty(self.rows, vocabulary, dtype=dtype, device=device)
+        # Rows that start on 16 bytes: an odd vocabulary (46,145 of bloom-1b4-zh) would keep products off tensor cores.
+        width = padded_vocabulary(vocabulary)
+        self._logits_MV = torch.empty(self.rows, width, dtype=dtype, device=device)[:, :vocabulary]
         self._x_MH, self._y_MH, self._d_MH = (torch.empty(self.rows, hidden, dtype=dtype, device=device) for _ in "xyd")
         self._rstd_M, self._loss_M = (torch.empty(self.rows, device=device) for _ in "rl")
         self._mean_M = None if norm.bias_H is None else torch.empty(self.rows, device=device)

@@ -16,30 +16,40 @@ from fitune.plan.chatglm import Blank
 
 cuda: Any = torch.cuda  # only partly typed
 Rows = dict[str, torch.Tensor]
+NO_TOKEN = -1
 
 
-def flatten(batch: Batch, blank: Blank | None = None) -> tuple[Rows, int]:
+def flatten(batch: Batch, blank: Blank | None = None, virtual: int = 0) -> tuple[Rows, int]:
     """The real tokens of a padded or packed batch one after another, on the host.
 
     Args:
         blank: the ids that tell where a document's prefix ends; None: documents have none.
+        virtual: rows in front of each document that are no tokens of the vocabulary; they belong to its prefix.
 
     Returns:
         `ids`, `positions`, `start`, `end` (T): token ids, positions, first token of the token's document and the one
         past its last; `index`, `targets` (N): positions whose next token is supervised, and that token. With `blank`
-        also `positions2` and `until`, the token past the document's prefix. And T.
+        also `positions2` and `until`, the token past the document's prefix. With `virtual` also `first` (D), the first
+        row of each document; the virtual rows have id 0. And T.
     """
     ids, labels, positions = batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT
     if batch.attention_mask_BT is not None:
         real = batch.attention_mask_BT.bool()
         ids, labels, positions = ids[real], labels[real], positions[real]
     ids, labels, positions = ids.reshape(-1), labels.reshape(-1), positions.reshape(-1)
-    tokens = ids.numel()
     starts = (positions == 0).nonzero().view(-1)
-    lengths = torch.diff(starts, append=torch.tensor([tokens]))
+    lengths = torch.diff(starts, append=torch.tensor([ids.numel()])) + virtual
+    starts = starts + virtual * torch.arange(starts.numel())
+    tokens = int(lengths.sum())
+    if virtual:
+        index = torch.arange(tokens)
+        positions = index - starts.repeat_interleave(lengths)
+        real = positions >= virtual
+        ids = torch.full_like(index, NO_TOKEN).masked_scatter_(real, ids)
+        labels = torch.full_like(index, IGNORE).masked_scatter_(real, labels)
     (index,) = (labels[1:] != IGNORE).nonzero(as_tuple=True)
     rows = {
-        "ids": ids,
+        "ids": ids.clamp(min=0) if virtual else ids,
         "positions": positions,
         "start": starts.repeat_interleave(lengths),
         "end": (starts + lengths).repeat_interleave(lengths),
@@ -49,8 +59,11 @@ def flatten(batch: Batch, blank: Blank | None = None) -> tuple[Rows, int]:
     if blank is not None:
         places = find_places(ids[None], blank, None, positions[None])
         rows["positions"], rows["positions2"] = places.rows_B2S[0]
-        prefixes = torch.stack([part.sum() for part in places.context_BS[0].split(lengths.tolist())])
+        document = torch.arange(len(starts)).repeat_interleave(lengths)
+        prefixes = torch.bincount(document[places.context_BS[0]], minlength=len(starts))
         rows["until"] = (starts + prefixes).repeat_interleave(lengths)
+    if virtual:
+        rows["first"] = starts
     return rows, tokens
 
 
@@ -104,7 +117,7 @@ class Integers:
             self._sent[slot].synchronize()
         count = rows["index"].numel()
         padded = -(-count // self._chunk) * self._chunk if self._cuda else count
-        padding = {"start": tokens, "end": size, "until": tokens, "index": size, "targets": IGNORE}
+        padding = {"start": tokens, "end": size, "until": tokens, "index": size, "targets": IGNORE, "first": -1}
         for name, staged in zip(self._names, self._slots[slot], strict=True):
             real = rows[name]
             staged[: real.numel()] = real

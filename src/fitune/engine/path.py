@@ -34,6 +34,7 @@ from fitune.engine.spec import (
     rotary_tables,
 )
 from fitune.engine.trained import Trained, trained_parameters
+from fitune.engine.virtual import virtual_tokens
 from fitune.kernels.attention import Documents
 from fitune.kernels.dropout import Dropout
 from fitune.kernels.norm import add_norm
@@ -41,7 +42,7 @@ from fitune.kernels.refresh import Refresh
 from fitune.kernels.rope import Rotary
 from fitune.kernels.sums import add_column_sums
 from fitune.model.host_embedding import host_embedding
-from fitune.plan.saves import BlockShape, Level, bucket, documents, integers
+from fitune.plan.saves import BlockShape, Level, bucket, documents, integers, most_documents
 
 cuda: Any = torch.cuda  # only partly typed
 
@@ -50,10 +51,10 @@ class EnginePath:
     """Forward and backward of micro-batches through the engine's block (see `training.path.Path`).
 
     Args:
-        model: a transformers model of a family in `engine.spec.SPECS`, wrapped by PEFT with LoRA, on its device.
+        model: a transformers model of a family in `engine.spec.SPECS` with what a method made of it, on its device.
         level: what is kept for the backward pass.
-        max_tokens: of the largest micro-step; a larger one makes the buffers grow.
-        max_position: longest row.
+        max_tokens: of the largest micro-step, virtual ones included; a larger one makes the buffers grow.
+        max_position: longest row, without virtual tokens.
 
     Raises:
         Unsupported: the model or method is not for the engine.
@@ -70,14 +71,16 @@ class EnginePath:
             self._embedding_VH = self._hosted_VH
         self._scratch = Scratch(self.dtype, self.device)
         self.layers = base.get_submodule(spec.layers)
-        self.trained = Trained(trained_parameters(model, spec))
+        self.virtual = virtual_tokens(model, spec, len(self.layers), self.dtype)
+        self.trained = Trained([] if self.virtual else trained_parameters(model, spec), self.device)
         self.blocks = [Block(layer, spec, level, self.dtype, self._scratch, self.trained) for layer in self.layers]
         self.shape = self._shape(model, spec)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             block.shape = self.shape
+            block.prefix = self.virtual.prefix(number) if self.virtual else None
         self._set_up_ends(base, spec)
         # The lowest block that trains: below it nothing is kept and no gradient computed.
-        below = self._embedding_dbias_H is not None
+        below = self._embedding_dbias_H is not None or (self.virtual is not None and self.virtual.embedded)
         training = [number for number, block in enumerate(self.blocks) if block.trains or below]
         self.lowest = min(training, default=len(self.blocks) - 1)
         self.blocks[self.lowest].first = not below
@@ -85,7 +88,7 @@ class EnginePath:
         if spec.positions == "alibi":
             self._slopes_h = alibi_slopes(self.shape.heads, self.device)
         else:
-            tables = rotary_tables(model, spec, max_position, self.dtype)
+            tables = rotary_tables(model, spec, max_position + self.shape.virtual, self.dtype)
             self._rotary = Rotary(*tables, self.shape.head_dim, spec.interleaved, self.shape.axes, spec.fused)
         self._blank = base.blank if spec.prefix else None
         self._scale = torch.ones((), device=self.device)
@@ -110,7 +113,9 @@ class EnginePath:
         if self.dropout:
             for number, block in enumerate(self.blocks):
                 block.use_dropout(self.dropout, number)
-        return replace(shape, fp8=fp8 == {True}, dropout=probability > 0)
+        virtual = self.virtual.count if self.virtual else 0
+        scaled = max(block.scaled for block in self.blocks)
+        return replace(shape, fp8=fp8 == {True}, dropout=probability > 0, virtual=virtual, scaled=scaled)
 
     def _set_up_ends(self, base: Any, spec: BlockSpec) -> None:
         """The norm behind the embedding, if there is one; final norm and head."""
@@ -154,11 +159,13 @@ class EnginePath:
 
         Returns:
             The block's output (T, H), and the gradient of its input (None where nothing below is trained). The
-            adapters' gradients are added as by `loss_and_grad`.
+            adapters' gradients are added as by `loss_and_grad`; that of virtual tokens is left in `virtual`.
         """
-        rows, tokens = flatten(batch, self._blank)
+        rows, tokens = flatten(batch, self._blank, self.shape.virtual)
         self.trained.claim()
         self._seed(training=False)
+        if self.virtual:
+            self.virtual.refresh(training=False)
         with torch.no_grad():
             self._load(rows, tokens, tokens)
             self._refresh.run()
@@ -170,11 +177,19 @@ class EnginePath:
             d_TH = self._spare("d", tokens)[:tokens]
             d_TH.copy_(gradient_TH)
             block.backward(views, where)
-            return out, None if block.first else d_TH.clone()
+            below = None if block.first else d_TH.clone()
+            if number == 0:
+                self._take(tokens, where)
+            return out, below
 
     @property
-    def vectors(self) -> tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]]:
-        """All trained values as one vector, their gradients as another (fp32), and the parameters in that order."""
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor, list[nn.Parameter]] | None:
+        """All trained values as one vector, their gradients as another (fp32), and the parameters in that order.
+
+        None if what is trained makes virtual tokens: then it has gradients as autograd leaves them.
+        """
+        if self.virtual:
+            return None
         return self.trained.values, self.trained.gradients, self.trained.parameters
 
     def reserve(self, tokens: int) -> None:
@@ -194,7 +209,7 @@ class EnginePath:
         self._sent_rows = None if self._hosted_VH is None else SentRows(self._hosted_VH, capacity)
 
     def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
-        rows, tokens = flatten(batch, self._blank)
+        rows, tokens = flatten(batch, self._blank, self.shape.virtual)
         assert self._buffers is not None
         if tokens > self._buffers.capacity:
             self.reserve(tokens)
@@ -202,12 +217,16 @@ class EnginePath:
             self.trained.claim()
             self._scale.fill_(scale)
         self._seed(scale is not None)
+        if self.virtual:
+            self.virtual.refresh(training=scale is not None)
         self._loss_sum.zero_()
         with torch.no_grad():
             if self.device.type == "cuda":
                 self._replay(rows, tokens, scale is not None)
             else:
                 self._direct(rows, tokens, scale is not None)
+        if self.virtual and scale is not None:
+            self.virtual.hand_back()
         return self._loss_sum.clone()
 
     def _seed(self, training: bool) -> None:
@@ -240,7 +259,11 @@ class EnginePath:
 
     def _tokens(self, tokens: int) -> Tokens:
         rows = Documents(*self._integers.documents[:, :tokens])
-        return Tokens(self._integers.positions(self.shape.axes, tokens), rows, self._rotary, self._slopes_h)
+        positions = self._integers.positions(self.shape.axes, tokens)
+        return Tokens(positions, rows, self._rotary, self._slopes_h, self._first(tokens))
+
+    def _first(self, tokens: int) -> torch.Tensor | None:
+        return self._integers["first"][: most_documents(self.shape, tokens)] if self.virtual else None
 
     def _views(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
         assert self._buffers is not None
@@ -263,7 +286,7 @@ class EnginePath:
             if offload and kept >= 0:
                 offload.before_write(kept)
             if layer == 0:
-                self._embed(views, tokens)
+                self._embed(views, where)
             stream = block.forward(views, where, stream)
             if offload and kept >= 0:
                 offload.store(kept, tokens)
@@ -272,13 +295,16 @@ class EnginePath:
             offload.join()
         block.output(views, stream, views["branch"])
 
-    def _embed(self, views: Views, tokens: int) -> None:
+    def _embed(self, views: Views, where: Tokens) -> None:
         """Token ids to the input of the first block; hosted embeddings are there already."""
+        tokens = len(views["x"])
         rows = self._embedded(tokens)
         if self._hosted_VH is None:
             torch.index_select(self._embedding_VH, 0, self._integers["ids"][:tokens], out=rows)
         if self._embedding_norm is not None:
             add_norm(rows, None, self._embedding_norm, None, views["x"], views["rstd1"], views["mean1"])
+        if self.virtual and where.first_D is not None:
+            self.virtual.place(views["x"], where.first_D)
 
     def _embedded(self, tokens: int) -> torch.Tensor:
         """Where the embeddings go: the input of the first block, or beside it if they are normed."""
@@ -300,8 +326,14 @@ class EnginePath:
                 offload.fetch_below(layer - self.lowest, tokens)
         if self._embedding_dbias_H is not None:
             add_column_sums(self._spare("d", tokens)[:tokens], 1.0, self._embedding_dbias_H)
+        self._take(tokens, where)
         if offload:
             offload.join()
+
+    def _take(self, tokens: int, where: Tokens) -> None:
+        """Of the gradient of the first block's input, what belongs to virtual tokens."""
+        if self.virtual and where.first_D is not None:
+            self.virtual.take(self._spare("d", tokens)[:tokens], where.first_D)
 
     def _replay(self, rows: Rows, tokens: int, backward: bool) -> None:
         """One micro-step at the next static size, through captured graphs."""

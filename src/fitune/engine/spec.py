@@ -134,11 +134,13 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
     if next(model.parameters()).is_cuda and not has_triton():
         raise Unsupported("triton is not installed")
     _check_adapters(model)
+    if any(getattr(module, "compute", "") == "llm_int8" for module in model.modules()):
+        raise Unsupported("model.int8_compute=llm_int8")
     return spec
 
 
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _check_adapters(model: nn.Module) -> None:

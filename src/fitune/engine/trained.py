@@ -21,14 +21,16 @@ class Trained:
     """All trained parameters.
 
     Args:
-        parameters: of one dtype, in the order in which gradients shall stand.
+        parameters: of one dtype, in the order in which gradients shall stand; none if autograd adds up all gradients.
+        device: of the parameters.
     Memory: 4 bytes per parameter for the gradients; the values move.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self.parameters = list(parameters)
-        self.values = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-        self.gradients = torch.zeros(self.values.numel(), device=self.values.device)
+        values = [parameter.detach().flatten() for parameter in self.parameters]
+        self.values = torch.cat(values) if values else torch.empty(0, device=device)
+        self.gradients = torch.zeros(self.values.numel(), device=device)
         self._parts: dict[int, slice] = {}
         at = 0
         for parameter in self.parameters:
@@ -85,6 +87,8 @@ def trained_parameters(model: nn.Module, spec: BlockSpec) -> list[nn.Parameter]:
             for adapters in ("lora_A", "lora_B"):
                 sets.append([linear.weight for module in wrapped for linear in getattr(module, adapters).values()])
             sets.append([_bias(layer, path) for path in paths])
+            modules = [layer.get_submodule(path) for path in paths]
+            sets += [[p] for module in modules for p in getattr(module, "ia3_l", {}).values()]
     found = []
     for parameters in sets:
         trained = [p for p in parameters if p is not None and p.requires_grad]
@@ -107,10 +111,12 @@ def _check(model: nn.Module, found: list[nn.Parameter]) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_adapter = ".lora_A." in name or ".lora_B." in name
+        is_adapter = any(kind in name for kind in (".lora_A.", ".lora_B.", ".ia3_l."))
         adapters.append(is_adapter)
         if id(parameter) not in known:
-            where = ", which is in no block" if is_adapter else "; the engine trains LoRA adapters and biases"
+            where = (
+                ", which is in no block" if is_adapter else "; the engine trains adapters, biases and virtual tokens"
+            )
             raise Unsupported(f"trains {name}{where}")
     if len(set(adapters)) > 1:
         raise Unsupported("trains adapters and biases at once")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fitune.data.tokenizer import Tokenizer
 from fitune.data.tokenizer_files import TokenizerFiles
 from fitune.errors import ConfigError
-from fitune.infer.disk import make_parents, preflight, recover, replace_folder, writing
+from fitune.infer.disk import check_free, new_folder
 from fitune.model.chatglm import glm_weights
 from fitune.model.folder import ModelFolder, inspect_folder
 from fitune.model.load import CONVERTED, fingerprint, identity, read_tensors
@@ -59,23 +59,17 @@ def convert(source: Path, target: Path) -> Path:
         CheckpointError: the disk does not take it; nothing is left at `target`.
     Memory: one source file and one shard of 2 GB.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists and is not an empty folder; give a new one")
+    check_free(target, "DST")
     raw = inspect_folder(source)
     if raw.original is None:
-        raise ConfigError(
-            f"{source}: is a {raw.model_type} folder, which needs no conversion; original ChatGLM2 and 3 folders do"
-        )
+        reason = "which needs no conversion" if raw.model_type != "chatglm" else "which transformers has no model for"
+        raise ConfigError(f"{source}: is a {raw.model_type} folder, {reason}; ChatGLM2 and 3 are what is converted")
     tokenizer_files = TokenizerFiles.read(source)
     _check_vocabulary(raw, Tokenizer(tokenizer_files))
     files = tokenizer_files.contents
     found = _Source(source, raw, read_arch(raw.original))
     shards, dtype, num_bytes = _plan(found)
     need_bytes = num_bytes + sum(map(len, files.values())) + 1_000_000
-    preflight(target, need_bytes)
-    make_parents(target)
-    with writing(target):  # what a killed conversion to the same place has left
-        recover(target.absolute().parent, lambda name, _: name == target.name)
 
     def fill(folder: Path) -> None:
         config = json.loads(files["config.json"]) | {"architectures": ["GlmForCausalLM"], "dtype": _NAMES[dtype]}
@@ -91,7 +85,7 @@ def convert(source: Path, target: Path) -> Path:
         facts = {"fingerprint": fingerprint(folder, names), "source_fingerprint": identity(source, raw.weight_files)}
         _write_json(folder / CONVERTED, facts)
 
-    replace_folder(target.absolute(), fill, need_bytes, replace=False)
+    new_folder(target, fill, need_bytes)
     return target
 
 

@@ -20,7 +20,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from fitune.errors import CheckpointError
+from fitune.errors import CheckpointError, ConfigError
 
 LEFTOVER = re.compile(r"\.(tmp|old|trash)-(.+)-\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -191,6 +191,32 @@ def replace_folder(target: Path, fill: Callable[[Path], None], need_bytes: int =
         raise disk_error(error, target, max(need_bytes, written)) from error
     finally:
         remove(temp)
+
+
+def check_free(target: Path, option: str) -> None:
+    """Refuse a place that already holds something.
+
+    Raises:
+        ConfigError: `target` is a file or a folder with something in it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{option} {target}: exists and is not an empty folder; give a new one")
+
+
+def new_folder(target: Path, fill: Callable[[Path], None], need_bytes: int = 0) -> None:
+    """Make a folder that appears, filled, by one rename; what a killed attempt at the same place has left is removed.
+
+    Args:
+        target: must not exist, or be an empty folder; missing parents are made.
+        fill, need_bytes: see `replace_folder`.
+    Raises:
+        CheckpointError: the disk refused; nothing is left there.
+    """
+    preflight(target, need_bytes)
+    make_parents(target)
+    with writing(target):
+        recover(target.absolute().parent, lambda name, _: name == target.name)
+    replace_folder(target.absolute(), fill, need_bytes, replace=False)
 
 
 def _swap_in(temp: Path, target: Path, replace: bool) -> None:

@@ -7,21 +7,22 @@ ids, so that the exported model ends its answers in any server.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 
 from fitune.config import load as load_config
 from fitune.data.templates import Template
 from fitune.data.tokenizer import Tokenizer
-from fitune.errors import CheckpointError, ConfigError
-from fitune.infer.load import Loaded, load
+from fitune.errors import ConfigError
+from fitune.infer.disk import check_free, new_folder
+from fitune.infer.load import RunParts, load, run_parts
+from fitune.infer.merge import merge_files
 from fitune.methods import METHODS
 from fitune.methods.base import CONFIG, write_json
+from fitune.model.load import pick_dtype
 
 FORMS = ("merged", "adapter")
 
@@ -43,35 +44,27 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
         raise ConfigError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"dtype is {dtype!r}, but an adapter is exported as it was trained; leave dtype out")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--to {target}: exists and is not an empty folder; give a new one")
-    _check_form(run, form)
-    # Merging is into the weights as they were before they were quantized.
-    loaded = load(run, dtype=dtype, device="cpu", quantization="none")
-    if loaded.method is None:
+    check_free(target, "--to")
+    if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is not a run folder; `fitune export` needs one, made by `fitune train`")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.tmp-") as temporary:
-            folder = Path(temporary) / "out"
-            folder.mkdir()
-            _write(loaded, run, folder, form)
-            if target.exists():
-                target.rmdir()
-            os.rename(folder, target)
-    except OSError as error:
-        raise CheckpointError(f"--to {target}: cannot be written ({error.strerror}); nothing was left there") from error
-    except SafetensorError as error:  # its own name for a full disk
-        raise CheckpointError(
-            f"--to {target}: the weights cannot be written ({error}); is the disk full? Nothing was left there"
-        ) from error
+    _check_form(run, form)
+    parts = run_parts(run)
+
+    def fill(folder: Path) -> None:
+        if form == "adapter":
+            load(run, device="cpu")  # it belongs to its base and is whole
+            shutil.copytree(parts.result, folder, dirs_exist_ok=True)
+            _name_base(parts, folder / CONFIG)
+        else:
+            _write_merged(run, parts, folder, dtype)
+        write_companions(folder, parts.template, parts.tokenizer)
+
+    new_folder(target, fill)
     return target
 
 
 def _check_form(run: Path, form: str) -> None:
     """Refuse a form that the run's method does not have, before anything loads."""
-    if not (run / "config.yaml").is_file():
-        return  # loading it says what is wrong
     method = METHODS[load_config(run / "config.yaml").method.name]
     if form == "merged" and method.merge is None:
         raise ConfigError(
@@ -82,20 +75,21 @@ def _check_form(run: Path, form: str) -> None:
         raise ConfigError(f"method {method.name} has no adapter; export it merged")
 
 
-def _write(loaded: Loaded, run: Path, folder: Path, form: str) -> None:
-    assert loaded.method is not None
-    if form == "adapter":
-        shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
-        _name_base(loaded, folder / CONFIG)
-    else:
-        assert loaded.method.merge is not None, "checked"
-        model = loaded.method.merge(loaded.model)
-        model.generation_config = stop_settings(loaded.tokenizer)
-        model.config.use_cache = True  # type: ignore[union-attr]  # a transformers model
-        model.save_pretrained(folder)  # type: ignore[operator]
+def _write_merged(run: Path, parts: RunParts, folder: Path, dtype: str | None) -> None:
+    """Into the weights as they were before they were quantized: file by file, else in memory."""
+    dtype = pick_dtype(dtype or parts.config.model.dtype, torch.device("cpu"))
+    settings = stop_settings(parts.tokenizer)
+    if merge_files(parts, dtype, folder):
+        settings.save_pretrained(folder)
+        return
+    loaded = load(run, dtype=dtype, device="cpu", quantization="none")
+    assert parts.method.merge is not None, "checked"
+    model: Any = parts.method.merge(loaded.model)
+    model.generation_config = settings
+    model.config.use_cache = True
+    model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # safetensors makes it readable by its owner alone
-    write_companions(folder, loaded.template, loaded.tokenizer)
 
 
 def write_companions(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
@@ -115,13 +109,12 @@ def stop_settings(tokenizer: Tokenizer) -> Any:
     return GenerationConfig(eos_token_id=list(tokenizer.stop_ids), pad_token_id=pad_id, bos_token_id=tokenizer.bos_id)
 
 
-def _name_base(loaded: Loaded, file: Path) -> None:
+def _name_base(parts: RunParts, file: Path) -> None:
     """Let a local base be found from anywhere: PEFT looks for its path, and knows no `embedded`."""
-    assert loaded.config is not None
-    path = loaded.config.model.path
+    path = parts.config.model.path
     if path == "embedded" or Path(path).expanduser().is_dir():
         config = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, {**config, "base_model_name_or_path": str(loaded.base.folder.resolve())})
+        write_json(file, {**config, "base_model_name_or_path": str(parts.folder.resolve())})
 
 
 def write_chat_template(folder: Path, template: Template, tokenizer: Tokenizer) -> None:

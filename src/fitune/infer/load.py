@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitune.config import RunConfig
+from fitune.config import RunConfig, new_tokens
 from fitune.config import load as load_config
 from fitune.data.example import Message, system_turn
 from fitune.data.templates import Template, resolve_template
@@ -29,7 +29,7 @@ from fitune.methods.base import CONFIG
 from fitune.model.adapter import check_base
 from fitune.model.folder import resolve_folder
 from fitune.model.load import DTYPES, Base, load_base, pick_device, pick_dtype
-from fitune.model.quantize import QUANTIZATIONS
+from fitune.model.quantize import QUANTIZATIONS, dequantize_blocks, use_int8
 
 Conversation = str | Sequence[Mapping[str, str]]
 DEVICES = ("auto", "cpu", "cuda")
@@ -164,8 +164,8 @@ def load(
     Args:
         device: auto, cpu or cuda.
         dtype: fp32, fp16 or bf16; None: as trained, or the default of the device.
-        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or none. Weights are
-            quantized from `dtype`.
+        quantization: none, int8, nf4, fp4 or fp8, see `model.quantization`; None: as trained, or as in the folder.
+            Weights are quantized from `dtype`, those that bitsandbytes quantized expanded to it for `none`.
 
     Raises:
         ConfigError: nothing usable at `path`, a run without a result, or an unknown device, dtype or quantization.
@@ -184,31 +184,67 @@ def load(
         raise _is_adapter(run)
     where = pick_device(device)
     folder = resolve_folder(str(path))
-    base = load_base(folder, pick_dtype(dtype, where), where, quantization or "none")
+    base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")
     tokenizer = Tokenizer.load(folder)
     return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
 
 
-def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
+@dataclass(frozen=True)
+class RunParts:
+    """What a finished run consists of, known before any weight is read.
+
+    Attributes:
+        result: the folder of its adapter or model.
+        folder: of the base model; after full fine-tuning `result`, which stands alone.
+    """
+
+    config: RunConfig
+    method: Method
+    result: Path
+    folder: Path
+    tokenizer: Tokenizer
+    template: Template
+
+
+def run_parts(run: Path) -> RunParts:
+    """Find the parts of a run.
+
+    Raises:
+        ConfigError: it has no result yet, or its base model is gone.
+    """
     config = load_config(run / "config.yaml")
     method = METHODS[config.method.name]
     result = run / method.folder
     if not result.is_dir():
         raise ConfigError(f"{run} has no result yet ({method.folder}/ is missing); finish it: fitune resume {run}")
-    where = pick_device(device)
-    wanted = pick_dtype(dtype or config.model.dtype, where)
-    # The result of full fine-tuning stands alone: the base may be gone.
     folder = result if method.folder == "model" else resolve_folder(config.model.path)
-    tokenizer = Tokenizer.load(folder)
-    template = resolve_template(config.data.template, tokenizer)
-    base = load_base(folder, wanted, where, quantization or config.model.quantization)
+    tokenizer = Tokenizer.load(folder, new_tokens(config.method))
+    return RunParts(config, method, result, folder, tokenizer, resolve_template(config.data.template, tokenizer))
+
+
+def _load_run(run: Path, device: str, dtype: str | None, quantization: str | None) -> Loaded:
+    parts = run_parts(run)
+    config, method, result = parts.config, parts.method, parts.result
+    where = pick_device(device)
+    base = _open(
+        parts.folder, pick_dtype(dtype or config.model.dtype, where), where, quantization, config.model.quantization
+    )
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
     model = base.model
     if method.folder != "model":
         check_base(result, base.folder, base.fingerprint, must_say=True)
         model = method.open(base, result)
         model.requires_grad_(False)
         model.eval()
-    return Loaded(model, tokenizer, template, where, base, config, method, raw=_learnt_raw_text(run))
+    raw = _learnt_raw_text(run)
+    return Loaded(model, parts.tokenizer, parts.template, where, base, config, method, raw)
+
+
+def _open(folder: Path, dtype: str, where: torch.device, wanted: str | None, usual: str) -> Base:
+    base = load_base(folder, dtype, where, wanted or usual)
+    if wanted == "none":  # weights that bitsandbytes stored are expanded
+        dequantize_blocks(base.model)
+    return base
 
 
 def _learnt_raw_text(run: Path) -> bool:

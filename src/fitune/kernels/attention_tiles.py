@@ -270,14 +270,21 @@ def dkv_kernel(
     first, before, inner, masked = _query_blocks(start, end, until, n0, T, BLOCK_M, BLOCK_N, PREFIX)
     dk_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    # What the loops divide by. Zero would be undefined even where a loop does not run: the pipeliner computes addresses
+    # of its first rounds in front of it, from which the compiler may conclude that it does run.
+    masked_each, inner_each = tl.maximum(masked, 1), tl.maximum(inner, 1)
+    head = kv_head
+    slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
     for i in tl.range(0, masked * GROUP):
-        head = kv_head * GROUP + i // masked
-        block = i % masked
+        block = i
+        if GROUP > 1:
+            head = kv_head * GROUP + i // masked_each
+            block = i % masked_each
+            slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         m0 = first + (block + tl.where(block >= before, inner, 0)) * BLOCK_M
         row_M = m0 + column_M
         q_MD = _tile(q, q_stride, m0, head * HEAD, T, D, BLOCK_M, WIDTH, True, TMA)
         dout_MD = _tile(dout, dout_stride, m0, head * D, T, D, BLOCK_M, WIDTH, True, TMA)
-        slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         lse2_M = tl.load(lse + head * T + row_M, row_M < T, other=0.0) * LOG2_E + slope2 * (row_M - n0).to(tl.float32)
         delta_M = tl.load(delta + head * T + row_M, row_M < T, other=0.0)
         keep = (row_M[None, :] >= from_N[:, None]) & (row_M[None, :] < end_N[:, None])
@@ -285,13 +292,18 @@ def dkv_kernel(
         dk_ND, dv_ND = _dkv_step(
             q_MD, k_ND, v_ND, dout_MD, dk_ND, dv_ND, lse2_M, delta_M, scale * LOG2_E, bias_N, keep, True, ALIBI
         )
+    head = kv_head
+    slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
     for i in tl.range(0, inner * GROUP):
-        head = kv_head * GROUP + i // inner
-        m0 = first + (before + i % inner) * BLOCK_M
+        block = before + i
+        if GROUP > 1:
+            head = kv_head * GROUP + i // inner_each
+            block = before + i % inner_each
+            slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
+        m0 = first + block * BLOCK_M
         row_M = m0 + column_M
         q_MD = _tile(q, q_stride, m0, head * HEAD, T, D, BLOCK_M, WIDTH, False, TMA)
         dout_MD = _tile(dout, dout_stride, m0, head * D, T, D, BLOCK_M, WIDTH, False, TMA)
-        slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         lse2_M = tl.load(lse + head * T + row_M) * LOG2_E + slope2 * (row_M - n0).to(tl.float32)
         delta_M = tl.load(delta + head * T + row_M)
         bias_N = slope2 * (key_N - n0).to(tl.float32)

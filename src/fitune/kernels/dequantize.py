@@ -51,19 +51,20 @@ def dequantize_4bit(
     packed: torch.Tensor,
     absmax_G: torch.Tensor,
     code_16: torch.Tensor,
-    nested_absmax_S: torch.Tensor,
-    nested_code_256: torch.Tensor,
-    offset: torch.Tensor,
+    nested_absmax_S: torch.Tensor | None,
+    nested_code_256: torch.Tensor | None,
+    offset: torch.Tensor | None,
     out_NK: torch.Tensor,
 ) -> None:
     """Write code[4 bits] * absmax of the block; the absmax is itself an 8-bit code (double quantization).
 
     Weight i of the flattened matrix is the high half of byte i // 2 if i is even, else the low half. It belongs to
-    block i // 64, whose absmax is nested_code[absmax[block]] * nested_absmax[block // 256] + offset.
+    block i // 64, whose absmax is nested_code[absmax[block]] * nested_absmax[block // 256] + offset. Without double
+    quantization the absmax values stand there themselves, and what is nested is None.
 
     Args:
         packed: (ceil(N K / 2),) uint8.
-        absmax_G: (ceil(N K / 64),) uint8.
+        absmax_G: (ceil(N K / 64),) uint8; fp32 without double quantization.
         code_16: (16,) fp32, the values of the 16 codes (nf4 or fp4).
         nested_absmax_S: (ceil(G / 256),) fp32.
         nested_code_256: (256,) fp32, the values of the 256 absmax codes.
@@ -76,14 +77,20 @@ def dequantize_4bit(
     """
     rows, columns = _check_matrices(out_NK, out_NK)
     blocks = -(-rows * columns // BLOCK_SIZE)
-    for name, vector, length, dtype in (
+    expected = [
         ("packed", packed, -(-rows * columns // 2), torch.uint8),
-        ("absmax_G", absmax_G, blocks, torch.uint8),
+        ("absmax_G", absmax_G, blocks, torch.float32 if nested_absmax_S is None else torch.uint8),
         ("code_16", code_16, 16, torch.float32),
-        ("nested_absmax_S", nested_absmax_S, -(-blocks // NESTED_BLOCK_SIZE), torch.float32),
-        ("nested_code_256", nested_code_256, 256, torch.float32),
-        ("offset", offset.view(1), 1, torch.float32),
-    ):
+    ]
+    if nested_absmax_S is not None:
+        if nested_code_256 is None or offset is None:
+            raise ValueError("nested_absmax_S needs nested_code_256 and offset beside it")
+        expected += [
+            ("nested_absmax_S", nested_absmax_S, -(-blocks // NESTED_BLOCK_SIZE), torch.float32),
+            ("nested_code_256", nested_code_256, 256, torch.float32),
+            ("offset", offset.view(1), 1, torch.float32),
+        ]
+    for name, vector, length, dtype in expected:
         _check_dtype(name, vector, dtype)
         require_vector(name, vector, length)
     if use_triton(packed):
@@ -98,17 +105,19 @@ def dequantize_4bit_reference(
     packed: torch.Tensor,
     absmax_G: torch.Tensor,
     code_16: torch.Tensor,
-    nested_absmax_S: torch.Tensor,
-    nested_code_256: torch.Tensor,
-    offset: torch.Tensor,
+    nested_absmax_S: torch.Tensor | None,
+    nested_code_256: torch.Tensor | None,
+    offset: torch.Tensor | None,
     out_NK: torch.Tensor,
 ) -> None:
     """Plain PyTorch `dequantize_4bit`."""
     count = out_NK.numel()
     blocks = -(-count // BLOCK_SIZE)
-    scale_G = nested_code_256[absmax_G[:blocks].int()]
-    scale_G *= nested_absmax_S.repeat_interleave(NESTED_BLOCK_SIZE)[:blocks]
-    scale_G += offset
+    scale_G = absmax_G[:blocks]
+    if nested_absmax_S is not None and nested_code_256 is not None and offset is not None:
+        scale_G = nested_code_256[absmax_G[:blocks].int()]
+        scale_G *= nested_absmax_S.repeat_interleave(NESTED_BLOCK_SIZE)[:blocks]
+        scale_G += offset
     # Both values of each of the 256 bytes: one look-up per byte instead of two shifts and two look-ups.
     pairs = torch.stack([code_16.repeat_interleave(16), code_16.repeat(16)], dim=1)
     values = pairs[packed[: -(-count // 2)].int()].flatten()

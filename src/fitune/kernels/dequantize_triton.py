@@ -55,9 +55,12 @@ def _code_value(index, code_ptr, SELECT: tl.constexpr):
 
 @triton.jit
 def _scale_of(block, inside, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr):
-    code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-    nested = tl.load(nested_absmax_ptr + block // NESTED, mask=inside, other=0.0)
-    return tl.load(nested_code_ptr + code) * nested + tl.load(offset_ptr)
+    if offset_ptr is None:  # without double quantization
+        return tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    else:
+        code = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        nested = tl.load(nested_absmax_ptr + block // NESTED, mask=inside, other=0.0)
+        return tl.load(nested_code_ptr + code) * nested + tl.load(offset_ptr)
 
 
 @triton.jit
@@ -117,9 +120,9 @@ def dequantize_4bit(
     packed: torch.Tensor,
     absmax_G: torch.Tensor,
     code_16: torch.Tensor,
-    nested_absmax_S: torch.Tensor,
-    nested_code_256: torch.Tensor,
-    offset: torch.Tensor,
+    nested_absmax_S: torch.Tensor | None,
+    nested_code_256: torch.Tensor | None,
+    offset: torch.Tensor | None,
     out_NK: torch.Tensor,
 ) -> None:
     """See `dequantize.dequantize_4bit`."""

@@ -15,23 +15,30 @@ from fitune.kernels.launch import power_of_two
 COLUMNS, ROWS = 32, 512  # eight 16-byte accesses under way for each thread of eight warps
 
 
-def add_column_sums(x_TN: torch.Tensor, scale: float, into_N: torch.Tensor) -> None:
+def add_column_sums(x_TN: torch.Tensor, scale: float, into_N: torch.Tensor, times_TN: torch.Tensor | None) -> None:
     """Triton `add_column_sums`."""
     rows, width = x_TN.shape[0], into_N.shape[0]
     block = min(ROWS, power_of_two(rows))
+    times = x_TN if times_TN is None else times_TN
+    strides = x_TN.stride(0), times.stride(0)
     _add_column_sums[(triton.cdiv(width, COLUMNS),)](
-        x_TN, into_N, x_TN.stride(0), rows, width, scale, ROWS=block, COLUMNS=COLUMNS, num_warps=8
+        x_TN, times, into_N, *strides, rows, width, scale, times_TN is not None, block, COLUMNS, num_warps=8
     )
 
 
 @triton.jit
-def _add_column_sums(x, into, sx, T, N, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_column_sums(
+    x, times, into, sx, st, T, N, scale, TIMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, T, ROWS):
         at = (start + row).to(tl.int64)
         keep = (at < T)[:, None] & (col < N)[None, :]
-        total += tl.load(x + at[:, None] * sx + col[None, :], mask=keep, other=0.0).to(tl.float32)
+        found = tl.load(x + at[:, None] * sx + col[None, :], mask=keep, other=0.0).to(tl.float32)
+        if TIMES:
+            found *= tl.load(times + at[:, None] * st + col[None, :], mask=keep, other=0.0).to(tl.float32)
+        total += found
     old = tl.load(into + col, mask=col < N, other=0.0)
     tl.store(into + col, old + scale * tl.sum(total, 0), mask=col < N)

@@ -57,6 +57,8 @@ def open_adapter(base: Base, folder: Path) -> nn.Module:
         CheckpointError: a file is missing or damaged, or does not fit the model.
     """
     settings = _read_config(folder)
+    rows = getattr(settings, "trainable_token_indices", None) or {}
+    make_rows(base.model, 1 + max((token for ids in rows.values() for token in ids), default=-1))
     try:
         model = wrap(base.model, settings)
     except ValueError as error:
@@ -65,6 +67,14 @@ def open_adapter(base: Base, folder: Path) -> nn.Module:
     check_tensors(folder / WEIGHTS, tensors, state(model))
     load_state(model, tensors)
     return model.requires_grad_(False)
+
+
+def make_rows(model: nn.Module, count: int) -> None:
+    """Give the embedding, and the head, at least as many rows; what new ones hold is left to whoever needs them."""
+    anything: Any = model
+    if anything.get_input_embeddings().weight.shape[0] < count:
+        anything.resize_token_embeddings(count, mean_resizing=False)
+        model.requires_grad_(False)
 
 
 def _read_config(folder: Path) -> Any:

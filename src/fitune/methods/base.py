@@ -21,6 +21,7 @@ from torch import nn
 
 from fitune.config import MethodConfig
 from fitune.errors import CheckpointError
+from fitune.methods.merging import Edits, no_edits
 from fitune.model.adapter import CONFIG, FACTS, WEIGHTS
 from fitune.model.load import Base
 
@@ -45,6 +46,7 @@ class Method:
         open: (base, folder) -> a frozen model with the result that stands in a folder.
         merge: model -> a plain transformers model with the adapter folded in; None: there is no such model.
         result: model -> tensors that make up the result, or None if they are those of `state`.
+        edits: adapter folder -> what `merge` does to each weight, see `methods.merging`; None: a model is needed.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Method:
     open: Callable[[Base, Path], nn.Module]
     merge: Callable[[nn.Module], nn.Module] | None
     result: Callable[[nn.Module], Tensors | None] = lambda model: None
+    edits: Callable[[Path], Edits | None] = no_edits
 
     @property
     def weights(self) -> str:

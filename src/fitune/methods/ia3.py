@@ -7,6 +7,7 @@ from torch import nn
 from fitune.config import Ia3Config, MethodConfig
 from fitune.methods import adapters
 from fitune.methods.base import Method
+from fitune.methods.merging import ia3_edits
 from fitune.model.families import feedforward_modules, target_modules
 from fitune.model.libraries import import_peft
 from fitune.model.load import Base
@@ -32,4 +33,5 @@ IA3 = Method(
     write_config=adapters.write_config,
     open=adapters.open_adapter,
     merge=adapters.merge,
+    edits=ia3_edits,
 )

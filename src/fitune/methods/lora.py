@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from fitune.config import LoraConfig, MethodConfig
+from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
 from fitune.methods import adapters
 from fitune.methods.base import Method, Tensors
+from fitune.methods.merging import lora_edits
 from fitune.model.families import target_modules, whole_modules
 from fitune.model.libraries import import_peft
 from fitune.model.load import Base
@@ -30,6 +32,12 @@ INITIAL = "initial."  # in front of the names of A0 and B0 in a checkpoint
 def _apply(base: Base, config: MethodConfig) -> nn.Module:
     assert isinstance(config, LoraConfig)
     modules, tied = whole_modules(base.model, config.modules_to_save)
+    rows = _new_rows(base, config.new_tokens)
+    both = sorted(rows.keys() & {*modules})
+    if both:
+        raise ConfigError(
+            f"method.new_tokens trains some rows of {both[0]}, and method.modules_to_save all of it; remove one of them"
+        )
     lora = import_peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -39,6 +47,7 @@ def _apply(base: Base, config: MethodConfig) -> nn.Module:
         use_rslora=config.rslora,
         use_dora=config.dora,
         modules_to_save=modules or None,
+        trainable_token_indices=rows or None,
         ensure_weight_tying=tied,
         bias="none",
     )
@@ -46,6 +55,30 @@ def _apply(base: Base, config: MethodConfig) -> nn.Module:
     if config.init != "default":
         _start_from_weights(model, config)
     return model
+
+
+def _new_rows(base: Base, texts: tuple[str, ...]) -> dict[str, list[int]]:
+    """Give new tokens their rows: path of embedding, and of a head that is not tied to it, -> ids.
+
+    A row begins as the mean of the rows of the tokens that its text was before. Rows are added where the model has none
+    to spare.
+    """
+    if not texts:
+        return {}
+    before, after = Tokenizer.load(base.folder), Tokenizer.load(base.folder, texts)
+    pieces = {after.token_id(text): before.encode(text) for text in texts}
+    ids = [token for token in pieces if token is not None]
+    adapters.make_rows(base.model, max(ids) + 1)
+    model: Any = base.model
+    found = {}
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        with torch.no_grad():
+            for token, parts in pieces.items():
+                module.weight[token] = module.weight[parts].float().mean(0).to(module.weight.dtype)
+        path = next(name for name, other in base.model.named_modules() if other is module)
+        if module is model.get_input_embeddings() or module.weight is not model.get_input_embeddings().weight:
+            found[path] = ids
+    return found
 
 
 def _whole(alpha: float) -> float:
@@ -186,4 +219,5 @@ LORA = Method(
     open=adapters.open_adapter,
     merge=adapters.merge,
     result=_result,
+    edits=lora_edits,
 )

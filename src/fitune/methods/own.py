@@ -25,6 +25,7 @@ from fitune.methods.base import (
     trainable,
     write_json,
 )
+from fitune.methods.merging import stored_weights
 from fitune.model.families import blocks, parameters_like
 from fitune.model.load import Base
 
@@ -113,6 +114,7 @@ def _partial(name: str, apply: Any) -> Method:
         write_config=write_config,
         open=_open,
         merge=lambda model: model,  # what was trained already stands in the model
+        edits=stored_weights,
     )
 
 
@@ -125,6 +127,7 @@ FULL = Method(
     write_config=_write_model_config,
     open=lambda base, folder: base.model,  # the result is a base
     merge=lambda model: model,
+    edits=lambda folder: {},
 )
 FREEZE = _partial("freeze", _freeze)
 BITFIT = _partial("bitfit", _bitfit)

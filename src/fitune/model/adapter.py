@@ -146,8 +146,10 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if keys is None:  # fitune's own files
         recorded = _read(folder / FACTS).get("settings")
         return dict(recorded) if isinstance(recorded, dict) and name == "freeze" else {}
+    added = _read(folder / FACTS).get("settings", {}).get("new_tokens") if (folder / FACTS).is_file() else None
+    ours = {"trainable_token_indices"} if added else set()  # the ids of method.new_tokens
     for key, value in stored.items():
-        if key not in keys and key not in NEUTRAL and value not in (None, False, "none", [], {}):
+        if key not in ours and key not in keys and key not in NEUTRAL and value not in (None, False, "none", [], {}):
             raise ConfigError(
                 f"method.adapter: {folder / CONFIG} has `{key}`: {value!r:.100}, which fitune does not train; it "
                 "cannot continue from this adapter"
@@ -158,7 +160,7 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
             "its base, and those are not stored. Convert it to an ordinary LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    settings = {ours: stored[theirs] for theirs, ours in keys.items() if stored.get(theirs) is not None}
+    settings = {key: stored[theirs] for theirs, key in keys.items() if stored.get(theirs) is not None}
     if settings.get("target_modules") == "all-linear":
         settings["target_modules"] = "linear"
     elif isinstance(settings.get("target_modules"), str):
@@ -166,6 +168,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
             f"method.adapter: {folder / CONFIG} has a pattern for target_modules ({settings['target_modules']:.100}); "
             "write the names of the modules there instead"
         )
+    if added:
+        settings["new_tokens"] = tuple(added)
     return settings | ({"projection": False} if name == "prefix" else {})
 
 

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fitune.config import RunConfig, check
 from fitune.errors import ConfigError
 from fitune.plan.arch import read_arch
 from fitune.plan.chatglm import glm_config, is_original, is_version_1
@@ -30,6 +32,7 @@ class ModelFolder:
         model_type: its `model_type`; `chatglm` is ChatGLM-6B, the first version.
         weight_files: names inside the folder, all of one format.
         weights_format: "safetensors" or "bin".
+        quantization: how bitsandbytes stored the weights: int8, nf4, fp4; "none": it did not.
         original: config.json of an original ChatGLM2 or 3 folder, whose weights have other names; else None.
     """
 
@@ -37,6 +40,7 @@ class ModelFolder:
     model_type: str
     weight_files: tuple[str, ...]
     weights_format: str
+    quantization: str = "none"
     original: dict[str, Any] | None = None
 
 
@@ -113,10 +117,13 @@ def inspect_folder(folder: Path) -> ModelFolder:
             f"{folder}: config.json wants code from the model repository (auto_map), which fitune never runs. Use a "
             "version of the model that transformers supports by itself"
         )
+    stored = stored_quantization(config)
     for pattern, weights_format in (("*.safetensors", "safetensors"), ("pytorch_model*.bin", "bin")):
         files = _weight_files(folder, pattern)
+        if files and stored != "none" and weights_format == "bin":
+            raise ConfigError(f"{folder}: weights of bitsandbytes are read from safetensors only; save the model so")
         if files:
-            return ModelFolder(config, config["model_type"], files, weights_format, original)
+            return ModelFolder(config, config["model_type"], files, weights_format, stored, original)
     raise ConfigError(f"{folder}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
 
 
@@ -130,17 +137,59 @@ def read_config(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{folder}/config.json: `model_type` is missing; it names the architecture")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ConfigError(
-            f"{folder}: the weights are already quantized ({method}); give the 16- or 32-bit model, "
-            "and set model.quantization to have fitune quantize it"
-        )
+    try:
+        stored_quantization(config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
     for key, limit in LIMITS.items():
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or not 0 < value <= limit):
             raise ConfigError(f"{folder}/config.json: `{key}` is {value!r}; allowed: 1 to {limit}")
+    return config
+
+
+def stored_quantization(config: Mapping[str, Any]) -> str:
+    """How the weights beside a config.json are quantized: int8, nf4, fp4 (by bitsandbytes) or "none".
+
+    Raises:
+        ConfigError: by another program, or in a way that fitune does not read.
+    """
+    section = config.get("quantization_config")
+    if not section:
+        return "none"
+    section = section if isinstance(section, dict) else {}
+    method = section.get("quant_method", "bitsandbytes" if "load_in_4bit" in section else "unknown")
+    in_4_bits = section.get("bnb_4bit_quant_type", "fp4")
+    if method == "bitsandbytes" and section.get("load_in_8bit") and not section.get("llm_int8_has_fp16_weight"):
+        return "int8"
+    if method == "bitsandbytes" and section.get("load_in_4bit") and in_4_bits in ("nf4", "fp4"):
+        return str(in_4_bits)
+    raise ConfigError(
+        f"the weights are already quantized ({str(method)[:60]}), and of those fitune reads bitsandbytes' int8, nf4 "
+        "and fp4; give the 16- or 32-bit model, and set model.quantization to have fitune quantize it"
+    )
+
+
+def with_stored_quantization(config: RunConfig, folder: Path) -> RunConfig:
+    """A configuration whose model.quantization says how the weights are stored, if bitsandbytes stored them.
+
+    Raises:
+        ConfigError: it asks for another quantization, or for what cannot be done with these weights.
+    """
+    stored, wanted = stored_quantization(read_config(folder)), config.model.quantization
+    if stored != "none" and wanted not in ("none", stored):
+        raise ConfigError(
+            f"model.quantization is {wanted}, but {folder} holds weights in {stored}, which would be rounded twice; "
+            f"leave it out, or give the 16-bit model"
+        )
+    if stored != wanted and stored != "none":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": stored})})
+        check(config)
+    if config.model.int8_compute == "llm_int8" and config.model.quantization == "none":
+        raise ConfigError(
+            "model.int8_compute is llm_int8, but model.quantization is none; set model.quantization=int8 or "
+            "model.int8_compute=weight_only"
+        )
     return config
 
 

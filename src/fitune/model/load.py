@@ -12,7 +12,10 @@ import errno
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from fitune.model.chatglm import glm_weights
 from fitune.model.folder import ModelFolder, inspect_folder
 from fitune.model.host_embedding import HostEmbedding
 from fitune.model.quantize import QuantLinear, quantize_blocks
+from fitune.model.standins import load_stored
+from fitune.model.weights import WeightFiles
 from fitune.plan.arch import read_arch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -80,7 +85,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Args:
         folder: a local model folder (see `model.folder.resolve_folder`).
         dtype: storage and compute dtype, a key of `DTYPES`.
-        quantization: "none", or how the linear layers of the blocks are stored, see `model.quantize`.
+        quantization: how the linear layers of the blocks are stored, see `model.quantize`; "none": as in the folder.
 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
@@ -88,26 +93,59 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized: on the device the result and at most
         100 MB; on the host pages of the weight files, or, if `dtype` is not the files', a copy of the model.
     """
-    import transformers
-
     raw = inspect_folder(folder)
-    # Progress bars and load reports of the library would tear through our own display; our errors say more.
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    config, model_class = _architecture(folder, raw)
-    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
-    options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
-    options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
-    if quantization == "none":
+    if raw.quantization != "none" and quantization not in ("none", raw.quantization):
+        raise ConfigError(f"{folder} holds weights in {raw.quantization}, which cannot become {quantization}")
+    model_class, options = class_and_options(folder, raw, dtype)
+    if quantization == raw.quantization == "none":
         options["device_map"] = {"": device}
-    try:
-        if raw.weights_format == "safetensors" and raw.original is None:
+    model: Any  # a transformers model
+    with reading(folder):
+        if raw.quantization != "none":
+            model, report = load_stored(model_class, options, folder, open_weights(folder, raw), device)
+        elif raw.weights_format == "safetensors" and raw.original is None:
             options |= {"use_safetensors": True, "local_files_only": True}
             model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
         else:
             state = _read_weights(folder, raw)
             model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
             del state
+    check_report(folder, model, report)
+    if quantization != "none" and raw.quantization == "none":
+        quantize_blocks(model, quantization, device)
+    model = model.to(device)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model.eval()
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Base(model, folder, raw.model_type, rows, identity(folder, raw.weight_files))
+
+
+def class_and_options(folder: Path, raw: ModelFolder, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a folder's model, and arguments of its `from_pretrained`: configuration, dtype, attention.
+
+    Raises:
+        ConfigError: there is no causal language model of this `model_type`.
+    """
+    import transformers
+
+    # Progress bars and load reports of the library would tear through our own display; our errors say more.
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config, model_class = _architecture(folder, raw)
+    if raw.quantization != "none":
+        del config.quantization_config  # or transformers would want bitsandbytes
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    options: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "attn_implementation": attention}
+    options["ignore_mismatched_sizes"] = True  # they come back in the report, and are refused with their names
+    return model_class, options
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Errors of the libraries that read weight files, in our words."""
+    try:
+        yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -116,15 +154,11 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     except SafetensorError as error:
         _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
-    _check_report(folder, model, report)
-    if quantization != "none":
-        quantize_blocks(model, quantization, device)
-    model = model.to(device)
-    model.config.use_cache = False
-    model.requires_grad_(False)
-    model.eval()
-    rows = model.get_input_embeddings().weight.shape[0]
-    return Base(model, folder, raw.model_type, rows, identity(folder, raw.weight_files))
+
+
+def open_weights(folder: Path, raw: ModelFolder) -> WeightFiles:
+    """The weights of a folder by transformers' names, to be read one by one."""
+    return WeightFiles(raw.weight_files, partial(_read_file, folder, raw))
 
 
 def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
@@ -154,7 +188,7 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
     return config, model_class
 
 
-def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
+def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
     """transformers fills missing weights with random numbers; that must never pass for a trained model."""
     missing = sorted(report.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
@@ -172,12 +206,12 @@ def _check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> Non
 
 def _read_weights(folder: Path, raw: ModelFolder) -> dict[str, torch.Tensor]:
     """All weights by transformers' names, as pages of their files."""
-    arch = read_arch(raw.original) if raw.original is not None else None
-    state: dict[str, torch.Tensor] = {}
-    for name in raw.weight_files:
-        part = read_tensors(folder / name)
-        state |= part if arch is None else glm_weights(part, arch, folder / name)
-    return state
+    return {name: tensor for file in raw.weight_files for name, tensor in _read_file(folder, raw, file).items()}
+
+
+def _read_file(folder: Path, raw: ModelFolder, file: str) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(folder / file)
+    return tensors if raw.original is None else glm_weights(tensors, read_arch(raw.original), folder / file)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

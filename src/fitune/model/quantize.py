@@ -2,7 +2,7 @@
 
 `quantize_blocks` replaces the linear layers of a model's blocks; PEFT then wraps a `QuantLinear` as it does any
 nn.Linear. On the plain path weights are expanded once per forward and once per backward and never kept. The engine
-calls `dequantize_into` with its scratch matrix.
+calls `dequantize_into` with its scratch matrix. `use_int8` chooses how int8 layers multiply.
 
 Legend: T tokens, N outputs, K inputs.
 """
@@ -19,6 +19,7 @@ from torch import nn
 from fitune.errors import ConfigError
 from fitune.kernels.dequantize import dequantize_4bit, dequantize_int8
 from fitune.kernels.fp8 import E4M3, dequantize_fp8, is_native, multiply_rows, quantize_rows, transpose_codes
+from fitune.kernels.int8 import llm_int8
 from fitune.model.quantizers import absmax_table, code_table, quantize_4bit, quantize_fp8, quantize_int8
 
 QUANTIZATIONS = ("int8", "nf4", "fp4", "fp8")
@@ -31,10 +32,16 @@ class QuantLinear(nn.Linear):
         int8: codes (N, K) int8; scale (N,) fp32.
         fp8: codes (N, K) float8_e4m3fn; scale (N,) fp32.
         nf4, fp4: codes (ceil(N K / 2),) uint8; absmax, nested_absmax and offset as in `quantizers.quantize_4bit`; table
-            and absmax_table, the values of the codes, which are not part of the state.
+            and absmax_table, the values of the codes, which are not part of the state. Layers from a bitsandbytes file
+            without double quantization have absmax (G,) fp32 and None for what is nested.
 
     int8, nf4 and fp4 store weights only: they are expanded to the dtype of the input and multiplied in it. With fp8 the
     rows of the input, and in the backward those of the incoming gradient, are quantized too, see `kernels.fp8`.
+
+    Attributes:
+        compute: `llm_int8` quantizes the rows of the input of an int8 layer too, see `kernels.int8`; its gradient is
+            that of the expanded weight.
+        threshold: magnitude from which a column of the input is an outlier of LLM.int8().
 
     Args:
         weight_NK: (N, K) fp32, fp16 or bf16, on any device. Read only; not kept.
@@ -47,26 +54,66 @@ class QuantLinear(nn.Linear):
     codes: torch.Tensor
     scale: torch.Tensor
     absmax: torch.Tensor
-    nested_absmax: torch.Tensor
-    offset: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
     table: torch.Tensor
-    absmax_table: torch.Tensor
+    absmax_table: torch.Tensor | None
+
+    compute = "weight_only"
+    threshold = 6.0
 
     def __init__(
         self, weight_NK: torch.Tensor, bias: torch.Tensor | None, quantization: str, device: torch.device | None = None
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
         device = device or weight_NK.device
-        self.out_features, self.in_features = weight_NK.shape
+        bias = None if bias is None else bias.detach().to(device)
+        stored = _quantize(weight_NK.detach(), quantization, device)
+        self._fill(stored, weight_NK.shape, bias, quantization, weight_NK.dtype)
+
+    @classmethod
+    def stored(
+        cls,
+        buffers: dict[str, torch.Tensor],
+        shape: torch.Size,
+        bias: torch.Tensor | None,
+        quantization: str,
+        dtype: torch.dtype,
+    ) -> QuantLinear:
+        """A layer of codes that exist already.
+
+        Args:
+            buffers: as the class describes them, on one device; tables that are missing are the usual ones.
+            shape: (N, K).
+            dtype: of `weight`.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._fill(buffers, shape, bias, quantization, dtype)
+        return layer
+
+    def _fill(
+        self,
+        buffers: dict[str, torch.Tensor],
+        shape: torch.Size,
+        bias: torch.Tensor | None,
+        quantization: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.out_features, self.in_features = shape
         self.quantization = quantization
-        self.dtype = weight_NK.dtype
-        frozen = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
-        self.register_parameter("bias", frozen)
-        for name, tensor in _quantize(weight_NK.detach(), quantization, device).items():
-            self.register_buffer(name, tensor)
+        self.dtype = dtype
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        device = buffers["codes"].device
         if quantization in ("nf4", "fp4"):
-            self.register_buffer("table", code_table(quantization).to(device), persistent=False)
-            self.register_buffer("absmax_table", absmax_table().to(device), persistent=False)
+            tables = {"table": code_table(quantization).to(device)}
+            if "nested_absmax" in buffers:
+                tables["absmax_table"] = absmax_table().to(device)
+            for name in ("nested_absmax", "offset", "absmax_table"):
+                self.register_buffer(name, None, persistent="table" not in name)
+            buffers = tables | buffers
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent="table" not in name)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a parameter in nn.Linear
@@ -95,12 +142,13 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ + bias for x (..., K) in any floating dtype; the same dtype and (..., N) out."""
-        function = _Fp8 if self.quantization == "fp8" else _WeightOnly
+        function = _Fp8 if self.quantization == "fp8" else _LlmInt8 if self.compute == "llm_int8" else _WeightOnly
         return cast(torch.Tensor, function.apply(x, self.bias, self))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{super().extra_repr()}, quantization={self.quantization}"
+        compute = f", compute=llm_int8, threshold={self.threshold:g}" if self.compute == "llm_int8" else ""
+        return f"{super().extra_repr()}, quantization={self.quantization}{compute}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         """model.to(...) moves codes and scales but never converts them: as bf16 they would mean something else."""
@@ -126,6 +174,18 @@ class _WeightOnly(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         dx = dy @ ctx.layer.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, _bias_gradient(ctx, dy), None
+
+
+class _LlmInt8(torch.autograd.Function):
+    """The product of 8-bit rows, outlier columns apart; saves nothing, the backward is that of the expanded weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: QuantLinear) -> torch.Tensor:
+        ctx.layer = layer
+        y_TN = llm_int8(x.reshape(-1, x.shape[-1]), layer.codes, layer.scale, bias, layer.threshold)
+        return y_TN.view(*x.shape[:-1], -1)
+
+    backward = _WeightOnly.backward
 
 
 class _Fp8(torch.autograd.Function):
@@ -164,12 +224,7 @@ def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -
     Memory: on `device` the quantized layers and a few slices of `quantizers.SLICE` weights; a full-precision weight is
         freed as soon as it is quantized.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and re.search(r"\.\d+\.", name)
-    ]
+    names = block_linears(model)
     if not names:
         raise ConfigError(
             f"model.quantization is {quantization}, but the blocks of this {type(model).__name__} have no linear "
@@ -179,6 +234,33 @@ def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -
         linear = cast(nn.Linear, model.get_submodule(name))
         model.set_submodule(name, QuantLinear(linear.weight, linear.bias, quantization, device))
         del linear  # before the next one is quantized
+
+
+def dequantize_blocks(model: nn.Module) -> None:
+    """Replace every `QuantLinear` of a model by an nn.Linear with the weight it stands for, one after another."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+
+
+def use_int8(model: nn.Module, compute: str, threshold: float) -> None:
+    """Set how the int8 layers of a model multiply: `weight_only`, or `llm_int8` with this threshold."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.quantization == "int8":
+            module.compute, module.threshold = compute, threshold
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of the nn.Linear in a model's blocks: those with a number in their name, the output head excluded."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and re.search(r"\.\d+\.", name)
+    ]
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -108,7 +108,7 @@ def quantize_4bit(weight_NK: torch.Tensor, quantization: str, device: torch.devi
     bounds, order = (ascending[:-1] + ascending[1:]) / 2, order.to(device, torch.uint8)
     for start in range(0, flat.numel(), SLICE):
         part = flat[start : start + SLICE].to(device).float()
-        scaled, absmax = _scaled_blocks(part)
+        scaled, absmax = scaled_blocks(part)
         absmax_G[start // BLOCK_SIZE :][: absmax.numel()] = absmax
         if scaled.numel() % 2:
             scaled = torch.nn.functional.pad(scaled, (0, 1))
@@ -120,7 +120,7 @@ def quantize_4bit(weight_NK: torch.Tensor, quantization: str, device: torch.devi
     return {"codes": codes, "absmax": nested_codes, "nested_absmax": nested_absmax_S, "offset": offset}
 
 
-def _scaled_blocks(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_blocks(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights / absmax of their block, and the absmax values; the last block may be short."""
     whole = part.numel() // BLOCK_SIZE * BLOCK_SIZE
     blocks = part[:whole].view(-1, BLOCK_SIZE)

@@ -75,6 +75,8 @@ class ArchSpec:
         linears: the linear layers of a block, in module order.
         block: path of a block, `{}` for its number.
         parameters: every parameter of the model, tied ones once.
+        quantized: the linear layers are quantized in the files, by bitsandbytes.
+        double_quant: absmax values of 4-bit weights are in 8 bits; bitsandbytes may have stored them in fp32.
         axes: positions of a token.
         prefix: a document's tokens see all of what stands before its answer.
     """
@@ -99,6 +101,8 @@ class ArchSpec:
     linears: tuple[Linear, ...]
     block: str
     parameters: tuple[Parameter, ...]
+    quantized: bool = False
+    double_quant: bool = True
     axes: int = 1
     prefix: bool = False
 
@@ -151,6 +155,14 @@ def read_arch(config: Config) -> ArchSpec:
     Raises:
         ConfigError: an unknown `model_type`, a missing or impossible size, or a variant with other parameters.
     """
+    arch, stored = _read(config), config.get("quantization_config")
+    if not isinstance(stored, dict):
+        return arch
+    single = stored.get("load_in_4bit") and not stored.get("bnb_4bit_use_double_quant")
+    return replace(arch, quantized=True, double_quant=not single)
+
+
+def _read(config: Config) -> ArchSpec:
     model_type = config.get("model_type")
     if model_type in _SPLIT:
         return _split(config, str(model_type))

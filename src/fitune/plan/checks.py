@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fitune.config import BitfitConfig, FreezeConfig, LoraConfig, PrefixConfig, PromptLearning, RunConfig
+from fitune.config import BitfitConfig, FreezeConfig, Ia3Config, LoraConfig, PrefixConfig, PromptLearning, RunConfig
 from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec, read_arch
-from fitune.plan.params import matching, trainable
+from fitune.plan.params import adapted, matching, scaled_inputs, trainable
 from fitune.plan.saves import level_of
 
 
@@ -57,13 +57,31 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return "an architecture the planner does not know"
     if arch.plain is not None:
         return arch.plain
-    if isinstance(method, BitfitConfig):
+    if config.model.int8_compute == "llm_int8":
+        return "model.int8_compute=llm_int8"
+    if isinstance(method, BitfitConfig | PromptLearning):
         return None
+    if isinstance(method, Ia3Config):
+        return _factors_elsewhere(arch, method)
     if not isinstance(method, LoraConfig):
-        return f"method.name={method.name}; the engine trains LoRA adapters and biases"
-    if method.modules_to_save:
-        return "method.modules_to_save; the engine trains LoRA adapters"
+        return f"method.name={method.name}; the engine trains adapters, biases and virtual tokens"
+    if method.modules_to_save or method.new_tokens:
+        key = "modules_to_save" if method.modules_to_save else "new_tokens"
+        return f"method.{key}; the engine trains LoRA adapters"
     return "DoRA" if method.dora else None
+
+
+def _factors_elsewhere(arch: ArchSpec, method: Ia3Config) -> str | None:
+    """The engine's own refusals (engine/factors.py)."""
+    inputs = scaled_inputs(arch, method)
+    for linear, _ in adapted(arch, method.target_modules):
+        if linear.group not in ("qkv", "down"):
+            return "IA3's factors on other layers than queries, keys, values and the MLP's last"
+        if linear.group == "qkv" and linear.name in inputs:
+            return "IA3's factors on the input of queries, keys or values"
+        if linear.group == "down" and linear.name not in inputs:
+            return "IA3's factors on the output of the MLP's last projection"
+    return None
 
 
 def plain_path_problem(config: RunConfig) -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fitune.config import LoraConfig, MethodConfig, PromptConfig, PtuningConfig
+from fitune.config import Ia3Config, LoraConfig, MethodConfig, PrefixConfig, PromptLearning
 from fitune.plan.arch import ArchSpec, Linear
 from fitune.plan.hardware import Hardware
 from fitune.plan.lengths import MicroStep
 from fitune.plan.params import Tensors, adapted, trainable
-from fitune.plan.saves import GROUPS, BlockShape, Level, bucket
+from fitune.plan.saves import GROUPS, BlockShape, Level, bucket, check_tokens
 
 Columns = tuple[int, int, int, int]
 COLUMN_MULTIPLE = 16  # adapter columns of a group: keeps rows aligned to 16 bytes
@@ -53,16 +53,23 @@ class Job:
         """A block with as many adapter columns as any has: buffers are the same for all."""
         qkv, o, up, down = (max(found) for found in zip(*self.columns, strict=True))
         shape = self.arch.block_shape((qkv, o, up, down))
-        dropout = self.engine and isinstance(self.method, LoraConfig) and self.method.dropout > 0
-        return replace(shape, fp8=self.quantization == "fp8" and self.engine, dropout=dropout)
+        dropout = isinstance(self.method, LoraConfig) and self.method.dropout > 0
+        if not self.engine:
+            return shape
+        fp8, scaled = self.quantization == "fp8", self._scaled(shape)
+        return replace(shape, fp8=fp8, dropout=dropout, virtual=self.virtual_tokens, scaled=scaled)
+
+    def _scaled(self, shape: BlockShape) -> int:
+        """Width of the widest output or input that IA3 multiplies."""
+        if not isinstance(self.method, Ia3Config):
+            return 0
+        groups = {linear.group for linear, _ in adapted(self.arch, self.method.target_modules)}
+        return max(shape.qkv if "qkv" in groups else 0, shape.intermediate if "down" in groups else 0)
 
     @property
     def kept_blocks(self) -> int:
         """Blocks that keep activations: those from the lowest trained one up."""
-        if not self.engine:
-            return self.arch.layers - min(tensors.lowest for tensors in self.trained)
-        lowest = next((i for i, columns in enumerate(self.columns) if any(columns)), 0)
-        return self.arch.layers - lowest
+        return self.arch.layers - min(tensors.lowest for tensors in self.trained)
 
     @property
     def hosted(self) -> int:
@@ -75,7 +82,19 @@ class Job:
         """Tokens that the buffers of a micro-step are made for; on the plain path with padding."""
         if not self.engine:
             return self.step.padded + self.step.rows * self.virtual_tokens
-        return self.step.real if self.hardware.on_cpu else bucket(self.step.real, self.step.real)
+        tokens = self.step.tokens(self.virtual_tokens)
+        return tokens if self.hardware.on_cpu else bucket(tokens, tokens)
+
+    @property
+    def checked(self) -> int:
+        """Tokens that the engine's buffers are made for until the self-check is done."""
+        tokens = check_tokens(self.arch.vocab) + self.virtual_tokens
+        return tokens if self.hardware.on_cpu else bucket(tokens, tokens)
+
+    @property
+    def own_gradients(self) -> bool:
+        """The engine adds up the gradients of all parameters itself; those of encoders are left to autograd."""
+        return self.engine and not isinstance(self.method, PromptLearning)
 
     @property
     def adapted(self) -> tuple[tuple[Linear, frozenset[int]], ...]:
@@ -104,8 +123,10 @@ class Job:
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that virtual tokens take in every row, beside its own; those of a prefix are only looked at."""
-        return self.method.num_virtual_tokens if isinstance(self.method, PromptConfig | PtuningConfig) else 0
+        """Rows that virtual tokens take in front of every document; those of a prefix only on the engine."""
+        if not isinstance(self.method, PromptLearning) or (isinstance(self.method, PrefixConfig) and not self.engine):
+            return 0
+        return self.method.num_virtual_tokens
 
 
 def block_columns(arch: ArchSpec, method: MethodConfig) -> tuple[Columns, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fitune.config import RunConfig
 
@@ -30,6 +31,7 @@ class MicroStep:
         first: tokens of the first training row, which the engine's self-check runs.
         how: where the numbers come from, in words.
         alike: every micro-step of the run has this many tokens.
+        documents: most rows that a micro-step has, padded or packed.
     """
 
     real: int
@@ -38,6 +40,11 @@ class MicroStep:
     first: int
     how: str
     alike: bool = False
+    documents: int = 1
+
+    def tokens(self, virtual: int) -> int:
+        """Upper bound of its rows in the engine, `virtual` ones in front of each document included."""
+        return self.real + virtual * self.documents
 
 
 def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
@@ -51,16 +58,18 @@ def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
         capacity = train.micro_batch_tokens or 2 * data.max_length
         if isinstance(lengths, str):
             how = f"lengths unknown: planned at train.micro_batch_tokens, {capacity:,} tokens ({lengths})"
-            return MicroStep(capacity, capacity, 1, data.max_length, how)
+            documents = max(1, capacity // data.max_length)
+            return MicroStep(capacity, capacity, 1, data.max_length, how, documents=documents)
         most = max(min(capacity, total) for total in (_step_tokens(config, lengths.train), sum(lengths.eval)))
-        return MicroStep(most, most, 1, lengths.train[0], f"at most {most:,} packed tokens")
+        how, documents = f"at most {most:,} packed tokens", _most_packed(config, lengths, capacity)
+        return MicroStep(most, most, 1, lengths.train[0], how, documents=documents)
     rows = train.micro_batch_rows or 4
     if isinstance(lengths, str):
         if data.eval is None:  # evaluation knows no global batch
             rows = min(rows, train.global_batch_rows or rows)
         most = rows * data.max_length
         how = f"lengths unknown: planned at max_length, {rows:,} x {data.max_length:,} tokens ({lengths})"
-        return MicroStep(most, most, rows, data.max_length, how)
+        return MicroStep(most, most, rows, data.max_length, how, documents=rows)
     found = []
     for group, limit in ((lengths.train, _step_tokens(config, lengths.train)), (lengths.eval, sum(lengths.eval))):
         count = min(rows, train.global_batch_rows or rows) if group is lengths.train else rows
@@ -68,7 +77,8 @@ def micro_step(config: RunConfig, lengths: Lengths | str) -> MicroStep:
         found.append((min(sum(longest), limit), (len(longest) * max(longest, default=0), len(longest))))
     real, (padded, most_rows) = max(real for real, _ in found), max(padded for _, padded in found)
     how = f"at most {real:,} tokens in {rows:,} rows"
-    return MicroStep(real, padded, most_rows, lengths.train[0], how, _alike(config, lengths, rows))
+    documents = max(count for _, (_, count) in found)
+    return MicroStep(real, padded, most_rows, lengths.train[0], how, _alike(config, lengths, rows), documents)
 
 
 def _alike(config: RunConfig, lengths: Lengths, rows: int) -> bool:
@@ -77,6 +87,13 @@ def _alike(config: RunConfig, lengths: Lengths, rows: int) -> bool:
     if step is None or lengths.eval or len(set(lengths.train)) != 1:
         return False
     return step % rows == 0 and len(lengths.train) % step == 0
+
+
+def _most_packed(config: RunConfig, lengths: Lengths, capacity: int) -> int:
+    """Rows of a packed micro-step at most: the shortest could meet in it."""
+    limit = config.train.global_batch_rows or len(lengths.train)
+    fitting = [sum(total <= capacity for total in accumulate(sorted(group))) for group in (lengths.train, lengths.eval)]
+    return max(min(fitting[0], limit), fitting[1])
 
 
 def _longest(lengths: Sequence[int], count: int) -> list[int]:

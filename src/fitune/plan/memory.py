@@ -16,7 +16,8 @@ from fitune.plan.checks import check_run, plain_reason
 from fitune.plan.hardware import CPU, HOPPER, Hardware
 from fitune.plan.job import Columns, Job, block_columns
 from fitune.plan.lengths import Lengths, micro_step
-from fitune.plan.parts import PHASES, Part, Phase, host_bytes, parts
+from fitune.plan.part import PHASES, Part, Phase
+from fitune.plan.parts import host_bytes, parts
 from fitune.plan.saves import Level, level_of
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

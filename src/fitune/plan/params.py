@@ -132,6 +132,8 @@ def _lora(arch: ArchSpec, method: LoraConfig) -> Iterator[Tensors]:
         rows = [method.r * linear.ins, method.r * linear.outs, *([linear.outs] if method.dora else [])]
         yield from (Tensors(elements, len(blocks), "beside", min(blocks)) for elements in rows)
     yield from _copies(arch, method.modules_to_save)
+    if method.new_tokens:  # rows that the embedding has to grow by are no parameters of the method
+        yield Tensors(len(method.new_tokens) * arch.hidden, 1 if arch.tied else 2, "beside")
 
 
 def _copies(arch: ArchSpec, names: Sequence[str]) -> Iterator[Tensors]:
@@ -263,18 +265,27 @@ def _network(*widths: int) -> Iterator[Tensors]:
         yield from (Tensors(elements, kind="beside") for elements in (ins * outs, outs))
 
 
-def _ia3(arch: ArchSpec, method: Ia3Config) -> Iterator[Tensors]:
-    targets = adapted(arch, method.target_modules)
+def scaled_inputs(arch: ArchSpec, method: Ia3Config) -> set[str]:
+    """Names of the layers whose inputs IA3 scales.
+
+    Raises:
+        ConfigError: one of method.feedforward_modules is no target.
+    """
+    names = [linear.name for linear, _ in adapted(arch, method.target_modules)]
     if method.feedforward_modules is None:
-        inputs = {linear.name for linear, _ in targets} & {_mlp_out(arch)}
-    else:
-        scaled = adapted(arch, method.feedforward_modules) if method.feedforward_modules else ()
-        inputs = {linear.name for linear, _ in scaled}
-        if not inputs <= {linear.name for linear, _ in targets}:
-            raise ConfigError(
-                f"method.feedforward_modules: {', '.join(method.feedforward_modules):.200} is not among "
-                f"method.target_modules ({', '.join(linear.name for linear, _ in targets)})"
-            )
+        return {*names} & {_mlp_out(arch)}
+    scaled = adapted(arch, method.feedforward_modules) if method.feedforward_modules else ()
+    inputs = {linear.name for linear, _ in scaled}
+    if not inputs <= {*names}:
+        raise ConfigError(
+            f"method.feedforward_modules: {', '.join(method.feedforward_modules):.200} is not among "
+            f"method.target_modules ({', '.join(names)})"
+        )
+    return inputs
+
+
+def _ia3(arch: ArchSpec, method: Ia3Config) -> Iterator[Tensors]:
+    targets, inputs = adapted(arch, method.target_modules), scaled_inputs(arch, method)
     for linear, blocks in targets:
         width = linear.ins if linear.name in inputs else linear.outs
         yield Tensors(width, len(blocks), "beside", min(blocks))

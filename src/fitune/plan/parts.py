@@ -10,16 +10,14 @@ graphs; the others are those of every step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
-from fitune.config import LoraConfig
+from fitune.config import LoraConfig, new_tokens
 from fitune.plan.hardware import MIB, NUM_WORKSPACES
 from fitune.plan.job import Job
+from fitune.plan.part import AGAIN, READY, STEP, Part
 from fitune.plan.saves import (
     GROUPS,
     block_saves,
-    bucket,
     check_tokens,
     documents,
     head_bytes,
@@ -29,12 +27,7 @@ from fitune.plan.saves import (
     shared_buffers,
     shared_bytes,
 )
-
-Phase = Literal["loading", "self-check", "capture", "forward", "head", "backward", "optimizer step"]
-AGAIN: tuple[Phase, ...] = ("forward", "head", "backward", "optimizer step")
-STEP: tuple[Phase, ...] = ("capture", *AGAIN)
-READY: tuple[Phase, ...] = ("self-check", *STEP)
-PHASES: tuple[Phase, ...] = ("loading", *READY)
+from fitune.plan.virtual import encoded_rows, virtual_rows
 
 STAGING_SLOTS = 4  # copies of a micro-step's integers that the host keeps
 SENT_SLOTS = 2  # rows of a hosted embedding on their way to the device
@@ -45,23 +38,14 @@ QUANT_TABLES = 4 * 16 + 4 * 256 + 4  # two code books and an offset
 ADAM8_BLOCK, ADAM8_FROM = 256, 4096  # bitsandbytes keeps smaller tensors' states in fp32
 
 
-@dataclass(frozen=True)
-class Part:
-    """Bytes of one thing, the formula they come from, and when they are taken."""
-
-    name: str
-    bytes: int
-    formula: str
-    phases: tuple[Phase, ...] = PHASES
-
-
-def quantized_bytes(quantization: str, outs: int, ins: int) -> int:
-    """Bytes of one (outs, ins) weight in quantized storage, scales and tables included."""
+def quantized_bytes(quantization: str, outs: int, ins: int, double_quant: bool = True) -> int:
+    """Bytes of one (outs, ins) weight in quantized storage, with scales (4-bit: in 8 bits, or in fp32) and tables."""
     elements = outs * ins
     if quantization in ("int8", "fp8"):
         return elements + 4 * outs
     blocks = -(-elements // QUANT_BLOCK)
-    return -(-elements // 2) + blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES
+    scales = blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES if double_quant else 4 * blocks + 4 * 16
+    return -(-elements // 2) + scales
 
 
 def _outer_weights(job: Job) -> Part:
@@ -87,7 +71,8 @@ def _block_weights(job: Job) -> Part:
     if job.quantization == "none":
         total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins) for linear in job.arch.linears)
+    arch = job.arch
+    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins, arch.double_quant) for linear in arch.linears)
     copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
     copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
@@ -106,7 +91,8 @@ def _starts(job: Job) -> Part:
 
 
 def _copies(job: Job) -> Part:
-    count = job.stored("copy")
+    """Whole modules; PEFT puts the rows of new tokens into a copy of the head for each product."""
+    count = job.stored("copy") + (job.arch.vocab * job.arch.hidden if new_tokens(job.method) else 0)
     return Part("modules trained whole", count * job.dtype_bytes, f"{count:,} parameters x {job.dtype_bytes} B")
 
 
@@ -116,20 +102,20 @@ def _masters(job: Job) -> Part:
 
 
 def _gradients(job: Job) -> Part:
-    one = 4 if job.engine else job.master_bytes
+    one = 4 if job.own_gradients else job.master_bytes
     return Part("gradients", one * job.num_trained, f"{job.num_trained:,} trained parameters x {one} B", READY)
 
 
 def _master_gradients(job: Job) -> Part:
     """The engine adds to fp32 gradients; they are handed to masters of another dtype before the step."""
-    needed = job.num_trained if job.engine and job.master_bytes != 4 else 0
+    needed = job.num_trained if job.own_gradients and job.master_bytes != 4 else 0
     formula = f"{needed:,} parameters x {job.master_bytes} B"
     return Part("gradients of masters", needed * job.master_bytes, formula, ("optimizer step",))
 
 
 def _captured_gradients(job: Job) -> Part:
     """Graphs are captured with real data in the buffers; gradients of earlier micro-steps are set aside meanwhile."""
-    needed = job.num_trained if job.engine and not job.hardware.on_cpu else 0
+    needed = job.num_trained if job.own_gradients and not job.hardware.on_cpu else 0
     return Part(
         "gradients set aside", 4 * needed, f"{needed:,} parameters x 4 B, while graphs are captured", ("capture",)
     )
@@ -202,8 +188,9 @@ def _head(job: Job) -> Part:
 
 def _rotary_tables(job: Job) -> Part:
     width = job.arch.rotary // 2 if job.engine else 0
-    formula = f"2 x {job.max_length:,} positions x {width} x {job.dtype_bytes} B"
-    return Part("rotary tables", 2 * job.max_length * width * job.dtype_bytes, formula, READY)
+    positions = job.max_length + job.shape.virtual
+    formula = f"2 x {positions:,} positions x {width} x {job.dtype_bytes} B"
+    return Part("rotary tables", 2 * positions * width * job.dtype_bytes, formula, READY)
 
 
 def _rows(job: Job) -> Part:
@@ -232,9 +219,8 @@ def host_bytes(job: Job) -> int:
     """
     if not job.engine or job.hardware.on_cpu:
         return 0
-    tokens = check_tokens(job.arch.vocab)
     most = {1 << (job.hosted * job.dtype_bytes - 1).bit_length(): 1} if job.hosted else {}
-    for at in (bucket(tokens, tokens), job.capacity):
+    for at in (job.checked, job.capacity):
         blocks = [(STAGING_SLOTS, 8 * len(integers(job.shape)) * _padded(job, at))]
         blocks.append((job.kept_blocks, saved_bytes(job.shape, job.level, at, 1, job.dtype_bytes, host=True)))
         blocks.append((SENT_SLOTS if job.hosted else 0, job.arch.hidden * at * job.dtype_bytes))
@@ -253,7 +239,7 @@ def _workspaces(job: Job) -> Part:
 
 def _quantizing(job: Job) -> Part:
     """Weights are quantized slice by slice; on CPU the ones to come are still there in full."""
-    if job.quantization == "none":
+    if job.quantization == "none" or job.arch.quantized:
         return Part("weights being quantized", 0, "")
     full = job.dtype_bytes * job.arch.layers * sum(linear.outs * linear.ins for linear in job.arch.linears)
     size, formula = QUANT_SLICE_BYTES, "6 slices x 16 MiB"
@@ -280,8 +266,7 @@ def _check_buffers(job: Job) -> Part:
     """The engine's buffers, made for no more than the self-check until that is done."""
     if not job.engine:
         return Part("self-check: engine", 0, "")
-    tokens = check_tokens(job.arch.vocab)
-    tokens = tokens if job.hardware.on_cpu else bucket(tokens, tokens)
+    tokens = job.checked
     size = saved_bytes(job.shape, job.level, tokens, job.kept_blocks, job.dtype_bytes)
     size += shared_bytes(job.shape, job.level, tokens, job.dtype_bytes) + _rows_bytes(job, tokens)
     formula = f"saved activations, working set and integers of {tokens} tokens"
@@ -289,19 +274,22 @@ def _check_buffers(job: Job) -> Part:
 
 
 def _check_copies(job: Job) -> Part:
-    """What stays for the whole self-check: a copy of B; the inputs of all blocks and, one by one, their gradients.
+    """What stays for the whole self-check: a copy of B or of factors; the inputs of all blocks, then their gradients.
 
     Also, with ALiBi, the bias of all scores, which the plain path hands to every block.
     """
     if not job.engine:
         return Part("self-check: copies", 0, "")
     rank = job.method.r if isinstance(job.method, LoraConfig) else 0
-    trained = rank * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
+    what, copied = "B", rank * sum(linear.outs * len(blocks) for linear, blocks in job.adapted)
+    if job.shape.scaled:
+        what, copied = "factors", job.num_trained
     tokens, arch = _checked(job), job.arch
-    size = 4 * trained + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
-    size += 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
-    formula = f"{trained:,} of B x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
-    return Part("self-check: copies", size, formula, ("self-check",))
+    size = 4 * copied + 2 * arch.layers * tokens * arch.hidden * job.dtype_bytes
+    bias = 0 if arch.rotary else arch.heads * tokens * tokens * job.dtype_bytes
+    formula = f"{copied:,} of {what} x 4 B; {arch.layers} x 2 x {tokens} tokens x {arch.hidden:,} x {job.dtype_bytes} B"
+    formula += f"; {arch.heads} x {tokens}² x {job.dtype_bytes} B" if bias else ""
+    return Part("self-check: copies", size + bias, formula, ("self-check",))
 
 
 def _check_plain(job: Job) -> Part:
@@ -310,7 +298,7 @@ def _check_plain(job: Job) -> Part:
     if not job.engine:
         return Part(name, 0, "")
     tokens, vocab, size = _checked(job), job.arch.vocab, job.dtype_bytes
-    needed = 0 if job.hardware.on_cpu else job.num_trained
+    needed = job.num_trained if job.own_gradients and not job.hardware.on_cpu else 0
     # Logits in their dtype, in fp32, and their logarithms; no gradient.
     moments = [
         (tokens * vocab * (size + 8), f"{tokens} tokens x {vocab:,} logits x {size + 8} B"),
@@ -321,25 +309,30 @@ def _check_plain(job: Job) -> Part:
 
 
 def _checked(job: Job) -> int:
-    return min(check_tokens(job.arch.vocab), job.step.first)
+    """Tokens of the self-check, virtual ones included."""
+    return min(check_tokens(job.arch.vocab), job.step.first) + job.shape.virtual
 
 
 def _check_block(job: Job) -> int:
     """One block on the plain path, at its largest in the backward of the MLP or at its end.
 
     Both times two sets of gradients of the block before are there, one of each path. In the MLP: what autograd keeps of
-    the block, four matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
+    the block, some matrices as wide as the MLP, one expanded weight. At the end: the block's gradients and their copy.
     """
     tokens, method = _checked(job), job.method
+    wide = {"bloom": 6, "chatglm": 2}.get(job.arch.family, 3)  # BLOOM's gelu is spelled out in PyTorch
     if isinstance(method, LoraConfig):
+        wide = 4  # an adapter hands its input's gradient back in fp32
         trained = max(
             sum(method.r * (linear.ins + linear.outs) for linear, blocks in job.adapted if number in blocks)
             for number in range(job.arch.layers)
         )
-    else:
+    elif job.own_gradients:
         trained = sum(tensors.elements for tensors in job.trained if tensors.copies == job.arch.layers)
+    else:
+        trained = 0  # encoders do not run under autograd then
     expanded = 0 if job.quantization == "none" else 1 if job.quantization == "fp8" else job.dtype_bytes
-    inside = tokens * (plain_bytes_per_token(job) + 4 * job.shape.intermediate * job.dtype_bytes)
+    inside = tokens * (plain_bytes_per_token(job) + wide * job.shape.intermediate * job.dtype_bytes)
     return 8 * trained + max(8 * trained, inside + _largest_layer(job) * expanded)
 
 
@@ -359,6 +352,8 @@ def plain_bytes_per_token(job: Job) -> int:
     if shape.qk_norm:
         kept += 4 * (shape.attention + keys + shape.heads + shape.kv_heads)
     rank = method.r if isinstance(method, LoraConfig) else 0
+    if shape.scaled:  # outputs before they were multiplied, at most for all projections of a group
+        kept += shape.qkv * job.dtype_bytes + 4 * shape.intermediate
     return kept + sum(4 * (linear.ins + rank) for linear, _ in job.adapted)
 
 
@@ -380,6 +375,8 @@ TERMS: tuple[Callable[[Job], Part], ...] = (
     _working_set,
     _head,
     _rotary_tables,
+    virtual_rows,
+    encoded_rows,
     _rows,
     _workspaces,
     _quantizing,

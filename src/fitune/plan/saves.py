@@ -36,6 +36,8 @@ class BlockShape:
         fp8: projections multiply rows of fp8 codes. Their adapters then stand apart: nothing stands beside anything.
         lora: adapter columns R of each group of projections, 0 where a group has no adapter. Keys are `GROUPS`.
         dropout: the adapters' inputs are dropped, so they exist beside the inputs themselves.
+        virtual: virtual tokens in front of each document.
+        scaled: widest output or input that IA3's factors multiply: it is copied, and the factors stay apart.
     """
 
     hidden: int
@@ -51,6 +53,8 @@ class BlockShape:
     fp8: bool = False
     lora: tuple[int, int, int, int] = (0, 0, 0, 0)
     dropout: bool = False
+    virtual: int = 0
+    scaled: int = 0
 
     @property
     def qkv(self) -> int:
@@ -139,8 +143,9 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
 
     `scratch` holds, one after another: the activation and its gradient; the gradients of attention's output and of
     queries, keys and values with their group's adapter columns. `dropped` holds a group's input after dropout, or what
-    its adapters add to the input gradient. `x0` and `x1` hold inputs on their way to and from the host. `branch` and
-    `d` have one row more than tokens: where the head's last chunk puts its padding.
+    its adapters add to the input gradient; `scaled` what IA3 made of queries, keys and values or of the activation.
+    `x0` and `x1` hold inputs on their way to and from the host. `branch` and `d` have one row more than tokens: where
+    the head's last chunk puts its padding.
     """
     kept = {saved.name for saved in block_saves(shape, level)}
     qkv, o, up, down = shape.beside
@@ -155,6 +160,7 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
         Saved("d", shape.hidden + max(o, down)),
         Saved("delta", shape.heads, size=4),
         *([Saved("dropped", max(ins for _, ins, R in shape.groups.values() if R))] if shape.dropout else []),
+        *([Saved("scaled", shape.scaled)] if shape.scaled else []),
         *(_fp8_rows(shape) if shape.fp8 else ()),
     )
 
@@ -171,15 +177,31 @@ def integers(shape: BlockShape) -> tuple[str, ...]:
     """The integers of each token that travel to the device in each micro-step, as rows of int64, in their order.
 
     ids of the vocabulary; positions; first token of the document, the one past its last and the one past its prefix.
-    index and targets belong to supervised positions: which token, and what comes after it.
+    index and targets belong to supervised positions: which token, and what comes after it. first belongs to documents
+    with virtual tokens: the first of those.
     """
     positions = ("positions", "positions2")[: shape.axes]
-    return ("ids", *positions, *documents(shape), "index", "targets")
+    return ("ids", *positions, *documents(shape), "index", "targets", *(["first"] if shape.virtual else []))
 
 
 def documents(shape: BlockShape) -> tuple[str, ...]:
     """Those of `integers` that attention reads, as int32."""
     return ("start", "end", "until") if shape.prefix else ("start", "end")
+
+
+def virtual_bytes(shape: BlockShape, layers: int, dtype_bytes: int, prefix: bool) -> int:
+    """Bytes of what virtual tokens write over rows of a micro-step, and of its gradient in fp32.
+
+    Args:
+        prefix: keys and values of every block; else rows of the first block's input.
+    """
+    width = layers * 2 * shape.kv_heads * shape.head_dim if prefix else shape.hidden
+    return shape.virtual * width * (dtype_bytes + 4)
+
+
+def most_documents(shape: BlockShape, tokens: int) -> int:
+    """Documents that rows with virtual tokens can hold at most: each has a token besides."""
+    return tokens // (shape.virtual + 1)
 
 
 def shared_bytes(shape: BlockShape, level: Level, tokens: int, dtype_bytes: int) -> int:
@@ -196,10 +218,17 @@ def head_rows(vocabulary: int, dtype_bytes: int) -> int:
     return max(128, min(4096, 1 << max(0, rows.bit_length() - 1)))
 
 
+def padded_vocabulary(vocabulary: int) -> int:
+    """Elements from one row of the head's logits to the next."""
+    return -(-vocabulary // 64) * 64
+
+
 def head_bytes(shape: BlockShape, vocabulary: int, dtype_bytes: int) -> int:
     """Bytes of the head's buffers: logits, three (rows, hidden) matrices, the norm's statistics and loss per row."""
     rows = head_rows(vocabulary, dtype_bytes)
-    return rows * (vocabulary * dtype_bytes + 3 * shape.hidden * dtype_bytes + (12 if shape.layer_norm else 8))
+    return rows * (
+        padded_vocabulary(vocabulary) * dtype_bytes + 3 * shape.hidden * dtype_bytes + (12 if shape.layer_norm else 8)
+    )
 
 
 def check_tokens(vocabulary: int) -> int:

@@ -12,6 +12,7 @@ from fitune.engine.path import EnginePath
 from fitune.engine.spec import Unsupported
 from fitune.errors import ConfigError
 from fitune.methods.base import trainable
+from fitune.methods.prompts import num_virtual_tokens
 from fitune.model.load import Base
 from fitune.plan.checks import plain_path_problem
 from fitune.plan.lengths import Lengths, micro_step
@@ -33,9 +34,10 @@ def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Datase
     reason = "train.path=plain"
     if config.train.path != "plain":
         try:
-            engine = EnginePath(model, base.model_type, level, check_tokens(base.vocab_size), config.data.max_length)
+            tokens = check_tokens(base.vocab_size) + num_virtual_tokens(model)
+            engine = EnginePath(model, base.model_type, level, tokens, config.data.max_length)
             check = self_check(model, engine, dataset.train[0])
-            engine.reserve(largest_micro_step(config, dataset))
+            engine.reserve(largest_micro_step(config, dataset, engine.shape.virtual))
             return engine, f"fast path: {base.model_type} block, keeps `{level}`; {check}"
         except Unsupported as unsupported:
             reason = str(unsupported)
@@ -51,10 +53,10 @@ def choose_path(model: nn.Module, base: Base, config: RunConfig, dataset: Datase
     return PlainPath(model, device, level in ("attention", "full", "offload")), f"plain path: {reason}"
 
 
-def largest_micro_step(config: RunConfig, dataset: Dataset) -> int:
-    """Upper bound of the tokens in one micro-batch of this data; the plan uses the same."""
+def largest_micro_step(config: RunConfig, dataset: Dataset, virtual: int) -> int:
+    """Upper bound of the rows of one micro-batch of this data, virtual tokens included; the plan uses the same."""
     lengths = Lengths(*(tuple(row.num_tokens for row in rows) for rows in (dataset.train, dataset.eval)))
-    return micro_step(config, lengths).real
+    return micro_step(config, lengths).tokens(virtual)
 
 
 def optimizer_for(model: nn.Module, path: Path, config: RunConfig) -> MasterOptimizer:

@@ -13,6 +13,7 @@ import torch
 from fitune.config import RunConfig
 from fitune.data.batches import micro_batches
 from fitune.data.prepare import Row, prepare
+from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError, DataError
 from fitune.infer.load import load
 from fitune.training.path import Path, PlainPath
@@ -54,16 +55,7 @@ def evaluate_run(run: FilePath, files: tuple[str, ...] = ()) -> dict[str, Any]:
     config = loaded.config
     if config is None:
         raise ConfigError(f"{run} is not a run folder; `fitune eval` needs one, made by `fitune train`")
-    data = config.data
-    if files:
-        data = data.model_copy(update={"train": files, "eval": None})
-        rows = prepare(data, loaded.tokenizer).train
-    elif data.eval is None:
-        raise ConfigError(f"{run} has no held-out rows (data.eval is not set); give files: --data FILE")
-    else:
-        dataset = prepare(data, loaded.tokenizer)
-        _check_data(run, dataset.fingerprint)
-        rows = dataset.eval
+    rows = held_out_rows(run, config, loaded.tokenizer, files)
     path = PlainPath(loaded.model, loaded.device)
     loss = mean_loss(path, rows, config, loaded.pad_id)
     return {
@@ -73,6 +65,22 @@ def evaluate_run(run: FilePath, files: tuple[str, ...] = ()) -> dict[str, Any]:
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
     }
+
+
+def held_out_rows(run: FilePath, config: RunConfig, tokenizer: Tokenizer, files: tuple[str, ...]) -> tuple[Row, ...]:
+    """The rows of `files`, or else those that the run held out.
+
+    Raises:
+        ConfigError: the run held none out.
+        DataError: rows are bad, or the run's files changed since training.
+    """
+    if files:
+        return prepare(config.data.model_copy(update={"train": files, "eval": None}), tokenizer).train
+    if config.data.eval is None:
+        raise ConfigError(f"{run} has no held-out rows (data.eval is not set); give files: --data FILE")
+    dataset = prepare(config.data, tokenizer)
+    _check_data(run, dataset.fingerprint)
+    return dataset.eval
 
 
 def _check_data(run: FilePath, fingerprint: str) -> None:

@@ -110,7 +110,9 @@ def check_packing(model: nn.Module, device: torch.device, rows: list[Row]) -> No
         together_TV = forward(model, pack(heads).to(device))[0].float()
         alone_TV = torch.cat([forward(model, pack([head]).to(device))[0].float() for head in heads])
     error = ((together_TV - alone_TV).norm() / alone_TV.norm()).item()
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    # Rows in one sequence share the outlier columns of LLM.int8(), which changes roundings.
+    rounds = any(getattr(module, "compute", "") == "llm_int8" for module in model.modules())
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 and not rounds else 5e-2
     if not error <= tolerance:
         raise ConfigError(
             f"data.packing is true, but this model lets packed rows see each other (logits differ by {error:.1%}); "

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fitune.config import RunConfig, build, dump
+from fitune.config import RunConfig, build, dump, new_tokens
 from fitune.config.load import apply_overrides, read_yaml
 from fitune.data.batches import StepPlan
 from fitune.data.prepare import Dataset, prepare, write_rejected
@@ -26,10 +26,10 @@ from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
 from fitune.methods.prompts import check_text
-from fitune.model.adapter import base_of, check_base, with_adapter
-from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder
+from fitune.model.adapter import check_base, with_adapter
+from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder, with_stored_quantization
 from fitune.model.load import count_parameters, fingerprint, load_base, pick_device, pick_dtype
-from fitune.model.quantize import emulation_note
+from fitune.model.quantize import emulation_note, use_int8
 from fitune.plan.arch import ArchSpec
 from fitune.plan.checks import check_run, known_arch
 from fitune.training import checkpoint, loop, samples
@@ -65,9 +65,10 @@ class Result:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is known before any weight is read."""
+    """What is known before any weight is read; `start`: an adapter to begin with, instead of the method's own start."""
 
     config: RunConfig
+    start: Path | None
     model_folder: Path
     tokenizer: Tokenizer
     dataset: Dataset
@@ -147,8 +148,10 @@ def _finished(folder: RunFolder) -> bool:
 
 
 def _checkpoint_bytes(session: Session) -> int:
-    """Room for one checkpoint: trainable weights, masters and two states in fp32."""
-    return 16 * count_parameters(session.model)[0]
+    """Room for one checkpoint: trainable weights, the result where it is another, masters and two states in fp32."""
+    stored = [session.method.state(session.model), session.method.result(session.model) or {}]
+    weights = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
+    return weights + 12 * count_parameters(session.model)[0]
 
 
 def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
@@ -160,30 +163,34 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     if not config.data.train:
         raise ConfigError("data.train is not set; give one or more .json or .jsonl files: data.train=FILE")
     device = pick_device(config.train.device)
-    config = _with_facts_of_this_machine(config, device)
     model_folder = resolve_folder(config.model.path)
     raw = inspect_folder(model_folder)
-    arch = known_arch(raw.config)
+    config = with_stored_quantization(config, model_folder)
+    arch, start = known_arch(raw.config), None
     if anew:
-        config = _from_adapter(config, arch, raw, model_folder)
+        config, start = _from_adapter(config, arch, raw, model_folder)
+    config = _with_facts_of_this_machine(config, device)
     keys = ("max_position_embeddings", "n_positions", "max_sequence_length")
     longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     check_run(config, arch, longest if isinstance(longest, int) else None)
-    tokenizer = Tokenizer.load(model_folder)
+    tokenizer = Tokenizer.load(model_folder, new_tokens(config.method))
     check_text(config.method, tokenizer)
     resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
     if not quiet:
         print(f"reading {', '.join(config.data.train)}", file=sys.stderr, flush=True)
-    return _Prepared(config, model_folder, tokenizer, prepare(config.data, tokenizer), device)
+    return _Prepared(config, start, model_folder, tokenizer, prepare(config.data, tokenizer), device)
 
 
-def _from_adapter(config: RunConfig, arch: ArchSpec | None, raw: ModelFolder, folder: Path) -> RunConfig:
-    """The configuration with the settings of method.adapter, which must belong to this base."""
+def _from_adapter(
+    config: RunConfig, arch: ArchSpec | None, raw: ModelFolder, folder: Path
+) -> tuple[RunConfig, Path | None]:
+    """The configuration with the settings of method.adapter, and its folder; it must belong to this base."""
     config = with_adapter(config, arch)
-    adapter = getattr(config.method, "adapter", None)
-    if adapter is not None:
-        check_base(Path(adapter), folder, fingerprint(folder, raw.weight_files), must_say=False)
-    return config
+    adapter: str | None = getattr(config.method, "adapter", None)
+    if adapter is None:
+        return config, None
+    check_base(Path(adapter), folder, fingerprint(folder, raw.weight_files), must_say=False)
+    return config, Path(adapter)
 
 
 def _with_facts_of_this_machine(config: RunConfig, device: torch.device) -> RunConfig:
@@ -205,7 +212,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     assert config.model.dtype is not None, "resolved"
     with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
-    if base.vocab_size < prepared.tokenizer.vocab_size:
+    use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
+    if base.vocab_size < prepared.tokenizer.vocab_size - len(prepared.tokenizer.new_tokens):
         raise ConfigError(
             f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
             f"{base.vocab_size} embedding rows; tokenizer and model do not belong together"
@@ -214,6 +222,8 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     with memory_errors(config, "adding trainable weights", None):
         torch.manual_seed(config.train.seed)  # adapter initialisation
         model = method.apply(base, config.method)
+        if prepared.start is not None:
+            method.load(model, prepared.start)
     with memory_errors(config, "preparing the micro-steps", None):
         path, path_note = choose_path(model, base, config, dataset)
         optimizer = optimizer_for(model, path, config)
@@ -241,13 +251,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
 
 
 def _fresh_state(session: Session) -> State:
-    """Where a run begins: at the method's own start, or at another adapter."""
     assert session.config.model.dtype is not None, "resolved"
-    adapter = getattr(session.config.method, "adapter", None)
-    if adapter is not None:
-        session.method.load(session.model, Path(adapter))
-        known = "" if base_of(Path(adapter)) else "; it does not say which base it was trained on"
-        session.note(f"starting from the adapter in {adapter}{known}")
     return State(loss_scale=LossScale.for_dtype(session.config.model.dtype))
 
 
@@ -298,6 +302,8 @@ def _introduce(session: Session) -> None:
         f"model: {config.model.path}, {config.model.dtype}{stored} on {session.device}; {config.method.name} trains "
         f"{trained:,} of {total:,} parameters ({trained / total:.4%})"
     )
+    if getattr(config.method, "adapter", None) is not None:
+        session.display.note(f"the run began with the adapter in {config.method.adapter}")  # type: ignore[union-attr]
     session.display.note(session.path_note)
     emulated = emulation_note(session.model)
     if emulated:

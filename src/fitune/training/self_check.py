@@ -2,8 +2,10 @@
 
 Block by block: both paths get the same input and the same gradient of the output, so that rounding does not add up over
 the depth of the model and a wrong kernel stands out. Then the loss of the whole model, which covers what connects the
-blocks. The adapters' B, zero at the start, is random meanwhile; otherwise A would have no gradient. Blocks of the plain
-path are called as the model itself calls them, whatever its family hands them beside their input.
+blocks. What starts without any effect is random meanwhile: the adapters' B, zero, without which A would have no
+gradient, and IA3's factors, all one. Blocks of the plain path are called as the model itself calls them, whatever its
+family hands them beside their input. Virtual tokens are compared by their gradients where the engine leaves them to
+autograd: rows of the first block's input, or keys and values of every block.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fitune.data.batches import Batch, pack
+from fitune.data.batches import Batch, pack, pad
 from fitune.data.prepare import Row
 from fitune.engine.path import EnginePath
 from fitune.errors import FituneError
@@ -33,6 +36,7 @@ TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.float16: (2e-2, 1e-2), torch.bfl
 # Rows of fp8 codes, 7 % there: a value near the middle of two codes falls to either side, and the engine rounds the
 # gradients of queries, keys and values as one row where the plain path rounds three.
 FP8_TOLERANCE = (25e-2, 5e-2)
+PREFIX_PARTS = ("the keys of the prefix", "the values of the prefix")
 
 
 def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
@@ -48,8 +52,9 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
     """
     count = min(check_tokens(engine.vocabulary), row.num_tokens)
     start = max(0, min(row.learn.find(1) - count // 2, row.num_tokens - count))
-    batch = pack([Row(row.input_ids[start : start + count], bytes([0]) + bytes([1]) * (count - 1), row.source)])
-    with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_B(model):
+    part = Row(row.input_ids[start : start + count], bytes([0]) + bytes([1]) * (count - 1), row.source)
+    batch = pad([part], 0) if engine.virtual else pack([part])  # PEFT wants a mask with virtual tokens
+    with engine.own_stream(), torch.autograd.set_multithreading_enabled(False), _random_start(model):
         loss, calls = _plain_forward(model, batch.to(engine.device), engine)
         loss_off = abs(engine.loss(batch).item() - loss) / abs(loss)
         worst, where = max([*_block_differences(model, engine, batch, calls), _mask_difference(engine)])
@@ -64,13 +69,14 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
 
 
 @contextmanager
-def _random_B(model: nn.Module) -> Iterator[None]:
-    parameters = {name: p for name, p in trainable(model).items() if ".lora_B." in name}
+def _random_start(model: nn.Module) -> Iterator[None]:
+    parameters = {name: p for name, p in trainable(model).items() if ".lora_B." in name or ".ia3_l." in name}
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+        for name, parameter in parameters.items():
+            mean, spread = (0.0, 0.01) if ".lora_B." in name else (1.0, 0.2)
+            parameter.copy_(mean + spread * torch.randn(parameter.shape, generator=generator))
     try:
         yield
     finally:
@@ -89,9 +95,15 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def repeat(self, layer: nn.Module) -> torch.Tensor:
-        """The block's output (T, H)."""
-        out = layer(self.x_TH[None], *self.args, **self.kwargs)
+    def repeat(self, layer: nn.Module, past: Any = None) -> torch.Tensor:
+        """The block's output (T, H).
+
+        Args:
+            past: a transformers Cache in place of the one it was called with, which has this block's own keys by now.
+        """
+        args = [past if _is_cache(value) else value for value in self.args]
+        kwargs = {name: past if _is_cache(value) else value for name, value in self.kwargs.items()}
+        out = layer(self.x_TH[None], *args, **kwargs)
         return cast(torch.Tensor, out[0] if isinstance(out, tuple) else out).view_as(self.x_TH)
 
 
@@ -125,19 +137,77 @@ def _block_differences(
             continue
         x = call.x_TH.requires_grad_()
         gradient = torch.randn(x.shape, generator=generator).to(x)
-        out = call.repeat(layer)
-        out.backward(gradient)
+        past, leaves = _past(engine, number)
+        out = call.repeat(layer, past)
+        torch.autograd.backward(out, gradient)
         expected = _taken(layer)
-        fast_out, fast_gradient = engine.run_block(number, batch, x.detach(), gradient)
+        fast_out, fast_gradient = _run_block(engine, number, batch, x.detach(), gradient)
         found = _taken(layer)
+        if engine.virtual and engine.virtual.embedded and number == 0 and x.grad is not None:
+            expected["virtual tokens"] = x.grad[: engine.virtual.count]
+            found["virtual tokens"] = engine.virtual.gradient[:, 0]
+        for name, leaf_1gPd in leaves.items():
+            assert engine.virtual is not None
+            assert leaf_1gPd.grad is not None
+            expected[name] = leaf_1gPd.grad[0].transpose(0, 1)
+            found[name] = engine.virtual.gradient[number, PREFIX_PARTS.index(name)]
         beside = engine.blocks[number].norm1.norm.carried is None  # the residual passes through as it is
         yield _difference(fast_out, out.detach(), x.detach() if beside else None), f"the output of block {number}"
         if fast_gradient is not None and x.grad is not None:
             yield _difference(fast_gradient, x.grad, gradient if beside else None), f"the input of block {number}"
         for name, wanted in expected.items():
-            yield _difference(found[name], wanted), f"{name.removesuffix('.default.weight')} in block {number}"
+            shown = f"{name.removesuffix('.default.weight')} in block {number}"
+            yield _difference(found[name], wanted), shown
+            for part, *pair in _fused_parts(engine, name, found[name], wanted):
+                yield _difference(*pair), f"{part} of {shown}"
     for parameter in trainable(model).values():
         parameter.grad = None
+
+
+def _is_cache(value: Any) -> bool:
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
+
+
+def _past(engine: EnginePath, number: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A new cache that holds the prefix of one block, and what is in it (1, g, P, d); (None, {}) without a prefix."""
+    if engine.virtual is None or engine.virtual.embedded:
+        return None, {}
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    leaves = [part_Pgd.transpose(0, 1)[None].clone().requires_grad_() for part_Pgd in engine.virtual.table[number]]
+    cache.update(*leaves, number)
+    return cache, dict(zip(PREFIX_PARTS, leaves, strict=True))
+
+
+def _run_block(
+    engine: EnginePath, number: int, batch: Batch, x_TH: torch.Tensor, gradient_TH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`run_block` on rows as the plain path has them: those of a prefix are no rows there, and nothing reads them."""
+    if engine.virtual is None or engine.virtual.embedded:
+        return engine.run_block(number, batch, x_TH, gradient_TH)
+    count = engine.virtual.count
+    x_TH, gradient_TH = (F.pad(rows_TH, (0, 0, count, 0)) for rows_TH in (x_TH, gradient_TH))
+    out_TH, below_TH = engine.run_block(number, batch, x_TH, gradient_TH)
+    return out_TH[count:], None if below_TH is None else below_TH[count:]
+
+
+def _fused_parts(
+    engine: EnginePath, name: str, *tensors: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Gradients of queries, keys and values in one projection's B or bias, where that of values hides the others.
+
+    The keys' bias is left out: it shifts all scores of a query alike, if keys are not turned, so its gradient is noise.
+    """
+    spec, shape = engine.blocks[0].spec, engine.shape
+    if not spec.fused or not name.startswith(spec.qkv[0]) or ".lora_A." in name:
+        return
+    found, wanted = (tensor.view(shape.heads, 3, shape.head_dim, -1).unbind(1) for tensor in tensors)
+    for part, *pair in zip(("queries", "keys", "values"), found, wanted, strict=True):
+        if part != "keys" or ".lora_B." in name:
+            yield part, pair[0], pair[1]
 
 
 def _mask_difference(engine: EnginePath) -> tuple[float, str]:
