@@ -40,6 +40,7 @@ PRECISIONS: dict[str, tuple[str, str]] = {
     "nf4": ("bf16", "nf4"),
 }
 MAX_LENGTH, MAX_STEPS = 36, 3
+MICRO_STEPS = 2 * MAX_STEPS  # four rows, three at a time
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,7 @@ def write_page(stats: dict[str, list[Any]], root: Path) -> str:
         f"Written by `make matrix` on CPU ({versions}, Python {platform.python_version()}). {counts}.",
         "",
         f"The loss falls over {MAX_STEPS} steps by {median(falls):.0%} in the median, {min(falls):.1%} at least. With "
-        "checkpointing it is that without, to within "
-        + ", ".join(f"{change:.0e} in {precision}" for precision, change in _changes(done).items())
-        + ".",
+        f"checkpointing it is {_changes(done)}.",
         "",
         "`fast`, `plain`: trained on that path, and all that [matrix.md](../matrix.md) names held. `refused`: before a "
         "weight was read.",
@@ -47,15 +45,17 @@ def write_page(stats: dict[str, list[Any]], root: Path) -> str:
     return f"\n{table(texts)}\n{counts}"
 
 
-def _changes(done: dict[Cell, dict[str, Any]]) -> dict[str, float]:
-    """By precision, the largest relative difference that checkpointing makes to a loss."""
+def _changes(done: dict[Cell, dict[str, Any]]) -> str:
+    """What checkpointing makes of the losses."""
     found = dict.fromkeys(PRECISIONS, 0.0)
     for cell, row in done.items():
         kept = done.get(replace(cell, checkpointing=False))
         if cell.checkpointing and kept is not None:
             for a, b in zip(row["losses"], kept["losses"], strict=False):
                 found[cell.precision] = max(found[cell.precision], abs(a / b - 1))
-    return found
+    if not any(found.values()):
+        return "the same to the bit"
+    return "the same to within " + ", ".join(f"{change:.0e} in {name}" for name, change in found.items())
 
 
 def _text(row: dict[str, Any] | None) -> str:
