@@ -26,7 +26,7 @@ def write_page(stats: dict[str, list[Any]], root: Path) -> str:
     trained = [row for row in rows if row["status"] == "trained"]
     numbers = (len(trained), len(rows) - len(trained), len(CELLS) - len(rows))
     counts = f"{len(CELLS)} cells: {numbers[0]} trained, {numbers[1]} refused, {numbers[2]} failed"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    versions = ", ".join(f"{name} {version(name).split(chr(43))[0]}" for name in ("torch", "transformers", "peft"))
     falls = [1 - row["losses"][-1] / row["losses"][0] for row in trained]
     lines = [
         "# The matrix, run",

@@ -249,6 +249,20 @@ def _dkv_step(q, k, v, dout, dk, dv, lse2_M, delta_M, scale2, bias_N, keep, MASK
 
 
 @triton.jit
+def _turn(i, blocks, kv_head, GROUP: tl.constexpr):
+    """Query head and block of round i of a loop over `blocks` blocks of each head of a group.
+
+    No blocks must not mean a division by zero: it is undefined even where the loop does not run, since the pipeliner
+    computes addresses of the first rounds in front of it, from which the compiler may conclude that it does run.
+    """
+    if GROUP > 1:
+        each = tl.maximum(blocks, 1)
+        return kv_head * GROUP + i // each, i % each
+    else:
+        return kv_head, i
+
+
+@triton.jit
 def dkv_kernel(
     q, k, v, dout, dk, dv, lse, delta, start, end, until, slopes,
     q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride, T, scale,
@@ -270,16 +284,10 @@ def dkv_kernel(
     first, before, inner, masked = _query_blocks(start, end, until, n0, T, BLOCK_M, BLOCK_N, PREFIX)
     dk_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    # What the loops divide by. Zero would be undefined even where a loop does not run: the pipeliner computes addresses
-    # of its first rounds in front of it, from which the compiler may conclude that it does run.
-    masked_each, inner_each = tl.maximum(masked, 1), tl.maximum(inner, 1)
-    head = kv_head
-    slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
+    slope2 = tl.load(slopes + kv_head) * LOG2_E if ALIBI else 0.0
     for i in tl.range(0, masked * GROUP):
-        block = i
+        head, block = _turn(i, masked, kv_head, GROUP)
         if GROUP > 1:
-            head = kv_head * GROUP + i // masked_each
-            block = i % masked_each
             slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         m0 = first + (block + tl.where(block >= before, inner, 0)) * BLOCK_M
         row_M = m0 + column_M
@@ -292,15 +300,11 @@ def dkv_kernel(
         dk_ND, dv_ND = _dkv_step(
             q_MD, k_ND, v_ND, dout_MD, dk_ND, dv_ND, lse2_M, delta_M, scale * LOG2_E, bias_N, keep, True, ALIBI
         )
-    head = kv_head
-    slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
     for i in tl.range(0, inner * GROUP):
-        block = before + i
+        head, block = _turn(i, inner, kv_head, GROUP)
         if GROUP > 1:
-            head = kv_head * GROUP + i // inner_each
-            block = before + i % inner_each
             slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
-        m0 = first + block * BLOCK_M
+        m0 = first + (before + block) * BLOCK_M
         row_M = m0 + column_M
         q_MD = _tile(q, q_stride, m0, head * HEAD, T, D, BLOCK_M, WIDTH, False, TMA)
         dout_MD = _tile(dout, dout_stride, m0, head * D, T, D, BLOCK_M, WIDTH, False, TMA)
