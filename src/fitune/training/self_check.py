@@ -36,8 +36,8 @@ TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.float16: (2e-2, 1e-2), torch.bfl
 # Rows of fp8 codes, 7 % there: a value near the middle of two codes falls to either side, and the engine rounds the
 # gradients of queries, keys and values as one row where the plain path rounds three.
 FP8_TOLERANCE = (25e-2, 5e-2)
-# Gradients of queries and keys alone, in 16 bits: much cancels out in them, so rounding is a large part of the rest (20 %
-# was seen on narrow blocks), and only what cannot be rounding counts. A missing rotation is off by more than 100 %.
+# Gradients of queries and keys alone, in 16 bits: much cancels out in them, so rounding is a large part of the rest
+# (20 % seen on narrow blocks), and only what cannot be rounding counts. A missing rotation is off by over 100 %.
 GROSS = 0.6
 PREFIX_PARTS = ("the keys of the prefix", "the values of the prefix")
 
