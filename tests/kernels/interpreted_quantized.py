@@ -77,7 +77,7 @@ def test_triton_scales_as_the_reference(monkeypatch, dtype, columns, scaled, hel
     fp8_triton.quantize_rows(x, whole[:, :columns], scale, factors)
     expected = torch.full((5, columns), torch.nan, device=DEVICE)
     fp8.quantize_rows_reference(x, expected, expected_scale, factors)
-    ulp = 0.0 if DEVICE.type == "cpu" else 2.0**-23  # PyTorch's division on a GPU multiplies by a reciprocal
+    ulp = 0.0 if DEVICE == "cpu" else 2.0**-23  # PyTorch's division on a GPU multiplies by a reciprocal
     torch.testing.assert_close(scale, expected_scale, rtol=ulp, atol=0)
     torch.testing.assert_close(whole[:, :columns], expected, rtol=2 * ulp, atol=0)
     assert whole[:, columns:].isnan().all(), "written outside the view"
