@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, curves, plan, rows, step, sweep, table, tasks
+from bench import cpu, curves, families, plan, rows, step, sweep, table, tasks
 from bench.children import Runner
 from bench.models import SHAPES
 from bench.work import DEFAULT_ROWS, STACKS, WORKS
@@ -54,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     paths.add_argument("--precisions", type=_listed(curves.PRECISIONS), default=list(curves.PRECISIONS))
     paths.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["plain", "fast"])
     paths.add_argument("--updates", type=int, default=200)
+    learn = commands.add_parser("families", parents=[common], help="families x methods x precisions at full size learn")
+    learn.add_argument("--families", type=_listed(SHAPES), default=list(families.FAMILIES))
+    learn.add_argument("--methods", type=_listed(families.METHODS), default=["lora"])
+    learn.add_argument("--precisions", type=_listed(families.PRECISIONS), default=["none", "int8", "nf4"])
+    learn.add_argument("--updates", type=int, default=20)
     demo = commands.add_parser("cpu", parents=[common], help="the demo's steps on CPU, both paths in turns")
     demo.add_argument("--pairs", type=int, default=40, help="timed updates of each path")
     demo.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["fast", "plain"])
@@ -129,6 +135,11 @@ def _curves(runner: Runner, options: argparse.Namespace) -> None:
     curves.run(runner, options.cases, options.precisions, options.models, **how)
 
 
+def _families(runner: Runner, options: argparse.Namespace) -> None:
+    cells = list(itertools.product(options.families, options.methods, options.precisions))
+    families.run(runner, options.models, cells, device=options.device, updates=options.updates)
+
+
 def _cpu(runner: Runner, options: argparse.Namespace) -> None:
     cpu.run(runner, options.pairs, options.paths)
 
@@ -149,6 +160,7 @@ COMMANDS: dict[str, Callable[[Runner, argparse.Namespace], None]] = {
     "sweep": _sweep,
     "fit": _fit,
     "curves": _curves,
+    "families": _families,
     "cpu": _cpu,
     "gemm": _gemm,
     "models": _models,

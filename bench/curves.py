@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def _case(case: str, models: Path, device: str, how: dict[str, str], steps: int)
     from bench.work import WORKS
 
     folder = models / "llama-3.2-1b"
-    rows = _made_up_rows(64, 384)
+    rows = made_up_rows(64, 384, {})
     work = replace(WORKS["1b"], rows=4, tokens=512)
     extra["train"] |= {"global_batch_rows": 8, "schedule": "constant", "learning_rate": 5e-4}
     return config_of(work, folder, device, extra), folder, rows
@@ -139,15 +139,22 @@ def demo_case(device: str, extra: dict[str, dict[str, Any]]) -> tuple[Any, Path,
     return config, embedded_path(), list(prepare(config.data, Tokenizer.load(embedded_path())).train)
 
 
-def _made_up_rows(count: int, most_tokens: int) -> list[Any]:
-    """Rows of 64 to `most_tokens` ids, common ids more often than rare ones, so that there is something to learn."""
+def made_up_rows(count: int, most_tokens: int, facts: Mapping[str, Any]) -> list[Any]:
+    """Rows of 64 to `most_tokens` ids, common ids more often than rare ones, so that there is something to learn.
+
+    Args:
+        facts: config.json; ChatGLM-6B needs its two marks between prompt and answer.
+    """
     from fitune.data.prepare import Row
 
     draw = random.Random(2)
     ids, weights = range(1000, 2000), [1 / (rank + 1) for rank in range(1000)]
+    marks = [facts["gmask_token_id"], facts["bos_token_id"]] if facts.get("model_type") == "chatglm" else []
     rows = []
     for number in range(count):
         tokens = draw.randrange(64, most_tokens + 1)
-        row = array("i", draw.choices(ids, weights, k=tokens))
-        rows.append(Row(row, b"\0" + b"\1" * (tokens - 1), f"made-up:{number}"))
+        row = draw.choices(ids, weights, k=tokens)
+        prompt = row[:1] if not marks else row[:8] + marks
+        learn = b"\0" * len(prompt) + b"\1" * (tokens - len(prompt))
+        rows.append(Row(array("i", prompt + row[len(prompt) :]), learn, f"made-up:{number}"))
     return rows

@@ -32,7 +32,7 @@ _QWEN: dict[str, Any] = {
     "eos_token_id": 151643,
 }
 
-# name -> (transformers' configuration class, its arguments)
+# name -> (configuration class, its arguments)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.2-1b": (
         "LlamaConfig",
@@ -100,6 +100,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
+    "chatglm-6b": ("ChatGLMConfig", {}),
     "llama-tiny": (
         "LlamaConfig",
         {
@@ -180,10 +181,15 @@ def _random_model(name: str) -> Any:
     import transformers
 
     kind, arguments = SHAPES[name]
-    config = getattr(transformers, kind)(**arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if kind == "ChatGLMConfig":
+            from fitune.model.chatglm_v1 import ChatGLMConfig, ChatGLMForConditionalGeneration
+
+            model = ChatGLMForConditionalGeneration(ChatGLMConfig(**arguments)).to(torch.bfloat16)
+        else:
+            config = getattr(transformers, kind)(**arguments)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():

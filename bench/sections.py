@@ -98,6 +98,23 @@ def curve_section(records: Sequence[Record]) -> str:
     return "## Fast against plain\n\n" + table(head, lines)
 
 
+def family_section(records: Sequence[Record]) -> str:
+    """Whether each family learns, in few updates."""
+    lines = []
+    for name, record in newest(records, "family", "method", "precision").items():
+        if record["status"] != "ok":
+            lines.append([*name, failure(record), *["-"] * 3])
+            continue
+        losses = record["losses"]
+        third = max(1, len(losses) // 3)
+        ends = [sum(part) / len(part) for part in (losses[:third], losses[-third:])]
+        fall = f"{ends[0]:.3f} -> {ends[1]:.3f}"
+        peak = f"{record['allocated_bytes'] / GB:.2f}"
+        lines.append([*name, record["path"], fall, "yes" if ends[1] < ends[0] else "**no**", peak])
+    head = ["model", "method", "precision", "path", "mean loss, first third -> last third", "falls", "peak GB"]
+    return "## Families learn\n\n" + table(head, lines)
+
+
 def _apart(losses: Sequence[float], plain: Sequence[float]) -> list[str]:
     differences = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
     return [f"{max(differences):.2e}", f"{sum(differences) / len(differences):.2e}"]

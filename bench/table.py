@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.gemm import rate_for
 from bench.goals import GOALS
 from bench.markdown import GB, Record, failure, newest, ratio, table
-from bench.sections import cpu_section, curve_section, fit_section, rows_section, sweep_section
+from bench.sections import cpu_section, curve_section, family_section, fit_section, rows_section, sweep_section
 from bench.work import STACKS, WORKS
 
 TITLE = "# Measurements\n\nMade with `python -m bench`; what is measured and what the columns mean: bench/README.md."
@@ -118,5 +118,6 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "sweep": sweep_section,
     "fit": fit_section,
     "curve": curve_section,
+    "family": family_section,
     "cpu": cpu_section,
 }

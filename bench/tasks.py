@@ -21,6 +21,7 @@ TASKS = {
     "peer_rows": "peer_rows.measure",
     "ours_fit": "sweep.probe_task",
     "curve": "curves.curve",
+    "family": "families.learn",
     "cpu": "cpu.measure",
 }
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import tiny
-from bench import plan, rows, sweep
+from bench import families, plan, rows, sweep
 from bench.__main__ import main
 from bench.children import Runner
+from bench.curves import made_up_rows
 from bench.gemm import rate_for
 from bench.goals import GOALS
 from bench.models import SHAPES, make, model_config, with_tokenizer
@@ -209,3 +210,22 @@ def test_curves_and_lengths_are_shown():
     assert "| 1b | nf4 | fast | F | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 | 1.00e-02, 2.00e-02 |" in text
     assert "| 8 | 8,192 | 8,192 | 8,448 | ok |" in text
     assert "| `1b` | 16,384 | 256 | 20.0 | 102,400 | 550 | 3.00 | 3.00 | F |" in text
+
+
+def test_families_learn(tmp_path, monkeypatch):
+    """Llama and ChatGLM-6B in small, on CPU; the marks of the second stand in every row."""
+    small = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "inner_hidden_size": 64, "vocab_size": 2100}
+    marks = {"bos_token_id": 2004, "gmask_token_id": 2001, "mask_token_id": 2000, "eos_token_id": 2005}
+    monkeypatch.setitem(SHAPES, "chatglm-6b", ("ChatGLMConfig", small | marks))
+    monkeypatch.setitem(SHAPES["llama-tiny"][1], "vocab_size", 2100)
+    rows = made_up_rows(2, 70, {"model_type": "chatglm", **marks})
+    assert all(list(row.input_ids[8:10]) == [2001, 2004] and sum(row.learn) == row.num_tokens - 10 for row in rows)
+    found = []
+    for family, method, precision in [("llama-tiny", "prompt", "nf4"), ("chatglm-6b", "lora", "int8")]:
+        cell = {"family": family, "method": method, "precision": precision}
+        result = families.learn(**cell, models=str(tmp_path), device="cpu", updates=3)
+        found.append({"kind": "family", **cell, "status": "ok", **result, "losses": [3.0, 2.5, 2.0]})
+        assert len(result["losses"]) == 3
+    text = markdown([*found, found[0] | {"losses": [2.0, 2.0, 2.5]}])
+    assert "| chatglm-6b | lora | int8 | EnginePath | 3.000 -> 2.000 | yes | 0.00 |" in text
+    assert "| llama-tiny | prompt | nf4 | EnginePath | 2.000 -> 2.500 | **no** | 0.00 |" in text
