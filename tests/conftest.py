@@ -22,6 +22,7 @@ SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "d
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=100, help="SIGKILLs of `make kill-test`")
     parser.addoption("--cells", choices=("pairs", "all"), default="pairs", help="how much of the matrix is run")
+    parser.addoption("--cells-on", choices=("cpu", "cuda"), default="cpu", help="where the matrix is run")
 
 
 @pytest.fixture(scope="session")

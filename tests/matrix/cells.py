@@ -56,7 +56,7 @@ class Cell:
         recompute = "recomputed" if self.checkpointing else "kept"
         return "-".join((self.family.replace(" ", "_"), self.method, self.precision, recompute))
 
-    def tree(self, model: Path, rows: Path, target: Path) -> dict[str, Any]:
+    def tree(self, model: Path, rows: Path, target: Path, device: str = "cpu") -> dict[str, Any]:
         """The configuration of its run: every step sees all rows, so that losses of steps can be compared."""
         (settings, rate), (dtype, quantization) = METHODS[self.method], PRECISIONS[self.precision]
         return {
@@ -70,7 +70,7 @@ class Cell:
                 "learning_rate": rate,
                 "schedule": "constant",
                 "activation_checkpointing": self.checkpointing,
-                "device": "cpu",
+                "device": device,
             },
             "output": {"dir": str(target)},
         }

@@ -66,22 +66,22 @@ class Seen:
     forwards: int = 0
 
 
-def run_cell(cell: Cell, model: Path, rows: Path, folder: Path) -> Outcome:
+def run_cell(cell: Cell, model: Path, rows: Path, folder: Path, device: str) -> Outcome:
     """Run a cell; a cell that is refused is refused on a model whose weights cannot be read.
 
     Args:
         model: the family's folder.
         folder: empty; runs and exports go there.
+        device: cpu or cuda.
     """
     try:
-        run.train(
-            build(cell.tree(_without_weights(model, folder / "unreadable"), rows, folder / "refused")), quiet=True
-        )
+        empty = _without_weights(model, folder / "unreadable")
+        run.train(build(cell.tree(empty, rows, folder / "refused", device)), quiet=True)
     except ConfigError as error:
         if "unreadable" not in str(error):
             assert not (folder / "refused").exists(), "a refused run leaves nothing behind"
             return Outcome("refused", reason=str(error))
-    config = build(cell.tree(model, rows, folder / "run"))
+    config = build(cell.tree(model, rows, folder / "run", device))
     said = io.StringIO()
     with watching(cell.method) as seen, redirect_stderr(said):
         run.train(config)
@@ -90,7 +90,7 @@ def run_cell(cell: Cell, model: Path, rows: Path, folder: Path) -> Outcome:
         expected = MICRO_STEPS * (2 if cell.checkpointing else 1)
         assert seen.forwards == expected, f"recomputed, or not: {seen.forwards} forwards for {expected}"
     _check_moved(cell, seen)
-    loaded = _check_reloaded(cell, seen, folder)
+    loaded = _check_reloaded(cell, seen, folder, device)
     _check_answers(cell, loaded)
     _check_merged(cell, folder)
     return outcome
@@ -145,14 +145,14 @@ def _check_moved(cell: Cell, seen: Seen) -> None:
     assert len(still) <= (0 if cell.precision == "fp32" else len(now) // 3), still
 
 
-def _check_reloaded(cell: Cell, seen: Seen, folder: Path) -> Loaded:
+def _check_reloaded(cell: Cell, seen: Seen, folder: Path, device: str) -> Loaded:
     """The stored tensors are those of the trained model, and the opened run answers with the same logits."""
-    method, loaded = METHODS[cell.method], fitune.load(folder / "run", device="cpu")
+    method, loaded = METHODS[cell.method], fitune.load(folder / "run", device=device)
     stored = load_file(folder / "run" / method.folder / method.weights)
     result = method.result(seen.model)
     ours = method.state(seen.model) if result is None else result
     assert stored.keys() == ours.keys()
-    assert all(torch.equal(stored[name], ours[name]) for name in ours)
+    assert all(torch.equal(stored[name], ours[name].cpu()) for name in ours)
     ids = loaded.prompt_ids(PROMPT)
     assert torch.equal(_logits(loaded.model, ids), _logits(seen.model, ids))
     assert not trainable(loaded.model)
@@ -162,7 +162,8 @@ def _check_reloaded(cell: Cell, seen: Seen, folder: Path) -> Loaded:
 def _logits(model: Any, ids: list[int]) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        logits = forward(model, pad([Row(tuple(ids), bytes(len(ids)), "prompt")], 0))
+        batch = pad([Row(tuple(ids), bytes(len(ids)), "prompt")], 0)
+        logits = forward(model, batch.to(next(model.parameters()).device))
     assert torch.isfinite(logits).all()
     return logits.float()
 
@@ -174,7 +175,7 @@ def _check_answers(cell: Cell, loaded: Loaded) -> None:
     together = generate(loaded.model, prompts, stops, few)
     assert all(len(answer.ids) == 4 or answer.stopped for answer in together)
     alone = [generate(loaded.model, [prompt], stops, few)[0] for prompt in prompts]
-    if cell.precision == "fp32":
+    if cell.precision == "fp32" and loaded.model.device.type == "cpu":
         assert together == alone
     assert loaded.generate(PROMPT, max_new_tokens=4) == loaded.tokenizer.decode(alone[0].ids)
     (free,) = generate(loaded.model, prompts[:1], [NO_TOKEN], few)

@@ -21,8 +21,8 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell", cells, ids=str)
 
 
-def test_a_cell(cell, models, four_rows, tmp_path, record_property):
-    outcome = run_cell(cell, models[cell.family], four_rows, tmp_path)
+def test_a_cell(cell, models, four_rows, tmp_path, record_property, pytestconfig):
+    outcome = run_cell(cell, models[cell.family], four_rows, tmp_path, pytestconfig.getoption("--cells-on"))
     record_property("cell", outcome.as_row(cell))
     path, reason = expected(cell)
     assert (outcome.status, outcome.reason) == ("refused" if reason else "trained", reason)
