@@ -37,7 +37,12 @@ PREFIX_CUTS = [([45, 1, 13, 11], (16, 16)), ([30, 40], (16, 32)), ([60, 6, 2], (
 
 @pytest.mark.parametrize(
     ("lengths", "blocks", "heads", "kv_heads", "width", "dtype", "kind", "tma"),
-    [(*cut, *case) for cuts, cases in ((CUTS, CAUSAL), (PREFIX_CUTS, PREFIX)) for cut in cuts for case in cases],
+    [
+        (*cut, *case)
+        for cuts, cases in ((CUTS, CAUSAL), (PREFIX_CUTS, PREFIX))
+        for number, cut in enumerate(cuts)
+        for case in cases[number % 2 :: 2]  # each case on every second cut: the interpreter takes a second a case
+    ],
 )
 def test_the_kernels_are_a_softmax(lengths, blocks, heads, kv_heads, width, dtype, kind, tma):
     case = Case(lengths, heads, kv_heads, width, dtype, kind)
