@@ -235,6 +235,12 @@ def test_flatten_finds_prefixes():
         assert got["until"].tolist() == [3] * 5 + [6] * 3 + [10] * 2
 
 
+def test_what_an_odd_vocabulary_has_beyond_multiples_of_8_is_multiplied_apart():
+    model, model_type = make("llama")
+    parts = EnginePath(model, model_type, "full", 8, 8)._head._parts
+    assert [(part.start, part.stop) for part in parts] == [(0, 128), (128, 131)]
+
+
 def test_the_stream_is_carried_as_in_the_model():
     assert SPECS["chatglm"].carried == ALPHA
 
