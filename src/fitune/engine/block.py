@@ -149,8 +149,19 @@ class Block:
         carried = self.norm2.norm.carried
         torch.add(v["branch"], stream, alpha=1.0 if carried is None else carried, out=out)
 
-    def backward(self, v: Views, tokens: Tokens) -> None:
-        """`d` (first H columns): gradient of the block's output in, of its input out."""
+    def backward(self, v: Views, tokens: Tokens, again: bool = True) -> None:
+        """`d` (first H columns): gradient of the block's output in, of its input out.
+
+        Args:
+            again: make what the level did not keep again; False straight after this block's forward, where the shared
+                buffers still hold it.
+        """
+        if again:
+            self._recompute(v, tokens)
+        self._backward_mlp(v)
+        self._backward_attention(v, tokens)
+
+    def _recompute(self, v: Views, tokens: Tokens) -> None:
         y2, _ = self._input(v, "up")
         if self.level in ("full", "offload"):
             y1, _ = self._input(v, "qkv")
@@ -163,8 +174,6 @@ class Block:
             rstd, mean = self.norm2.statistics(v)
             norm_only(v["mid"], self.norm2.norm, rstd, mean, y2)
             self._up(v, again=True)
-        self._backward_mlp(v)
-        self._backward_attention(v, tokens)
 
     def _stream(self, beside: torch.Tensor, through: torch.Tensor) -> torch.Tensor:
         return beside if self.norm1.norm.carried is None else through
