@@ -54,6 +54,25 @@ def test_quantized_weights_give_the_plain_path_s_gradients(quantization, kind, l
     compare(model, engine, pack(make_rows([17, 5])), 1e-5)
 
 
+@pytest.mark.parametrize("level", ["elementwise", "full"])
+def test_the_widest_weights_are_expanded_twice(level, monkeypatch):
+    """Recomputation is a third product of the first MLP projections, but their input gradient finds them expanded."""
+    model, model_type = make("llama", quantization="int8")
+    engine = EnginePath(model, model_type, level, 64, 128)
+    counts = dict.fromkeys(("gate_proj", "down_proj"), 0)
+    for name in counts:
+        linear = getattr(engine.layers[1].mlp, name).base_layer
+        expand = linear.dequantize_into
+
+        def counted(out, name=name, expand=expand):
+            counts[name] += 1
+            expand(out)
+
+        monkeypatch.setattr(linear, "dequantize_into", counted)
+    run(engine, model, pack(make_rows([17, 5])))
+    assert counts == {"gate_proj": 2, "down_proj": 2}
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "bloom", "chatglm"])
 def test_fp8_follows_the_plain_path(kind, level):

@@ -33,6 +33,7 @@ from fitune.kernels.swiglu import gelu, gelu_backward, swiglu, swiglu_backward
 from fitune.plan.saves import GROUPS, BlockShape, Level
 
 Views = dict[str, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,8 @@ class Block:
         self, layer: nn.Module, spec: BlockSpec, level: Level, dtype: torch.dtype, scratch: Scratch, trained: Trained
     ) -> None:
         self.level, self.spec = level, spec
-        self.groups = {
-            name: Group([layer.get_submodule(path) for path in paths], dtype, scratch, trained)
-            for name, paths in spec.names().items()
-        }
         modules = {name: [layer.get_submodule(path) for path in paths] for name, paths in spec.names().items()}
+        self.groups = {name: Group(found, dtype, scratch, trained) for name, found in modules.items()}
         refuse_factors([*modules["o"], *modules["up"]])
         self.qkv_factors = output_factors(modules["qkv"], trained)
         self.act_factors = input_factors(modules["down"][0], trained)
@@ -156,9 +154,10 @@ class Block:
             again: make what the level did not keep again; False straight after this block's forward, where the shared
                 buffers still hold it.
         """
+        self._backward_down(v)
         if again:
             self._recompute(v, tokens)
-        self._backward_mlp(v)
+        self._backward_mlp(v, expanded=again and self.level not in ("none", "elementwise"))
         self._backward_attention(v, tokens)
 
     def _recompute(self, v: Views, tokens: Tokens) -> None:
@@ -253,15 +252,23 @@ class Block:
         if kept is not None and not again:
             kept.copy_(h)
 
-    def _backward_mlp(self, v: Views) -> None:
-        shape, up, down = self.shape, self.groups["up"], self.groups["down"]
+    def _backward_down(self, v: Views) -> None:
+        """Gradient of the activation, into `scratch`: it needs nothing that is recomputed.
+
+        Coming first it leaves a quantized `up`, recomputed last, expanded for its own input gradient.
+        """
+        down = self.groups["down"]
         d, t = self._gradient(v, v["d"], down)
-        gate_up = v["gate_up"][:, : shape.inner]
         down.bias_gradient(d)
         if down.R:
             down.up_project(d, t)
+        down.input_gradient(d, t, _carve(v["scratch"], 0, self.shape.intermediate), v.get("dropped"))
+
+    def _backward_mlp(self, v: Views, expanded: bool) -> None:
+        shape, up, down = self.shape, self.groups["up"], self.groups["down"]
+        d, t = self._gradient(v, v["d"], down)
+        gate_up = v["gate_up"][:, : shape.inner]
         dact = _carve(v["scratch"], 0, shape.intermediate)
-        down.input_gradient(d, t, dact, v.get("dropped"))
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
         if self.act_factors is not None:
             self.act_factors.backward(dact, self._act(v) if kept is None else kept)
@@ -270,7 +277,7 @@ class Block:
         if down.R:
             down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept, v.get("dropped"))
         stop = self.first and not self.groups["o"].needs_gradient and not self._trains_before_attention
-        self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop)
+        self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop, expanded)
 
     def _act(self, v: Views) -> torch.Tensor:
         """The activation, made again where its scaled copy was."""
@@ -322,13 +329,14 @@ class Block:
         qk_norm_rotate_backward(parts, self._projected(v), self.head_norm, rotary, positions, dqkv)
 
     def _through_norm(
-        self, v: Views, norm: BlockNorm, group: Group, dout: tuple[torch.Tensor, torch.Tensor], stop: bool
+        self, v: Views, norm: BlockNorm, group: Group, dout: Pair, stop: bool, expanded: bool = False
     ) -> None:
         """Input gradient of a group, then of the norm before it (added to `d`), then what the group trains.
 
         Args:
             dout: gradient of the group's output, and the place of dy B.
             stop: nothing below the norm is trained.
+            expanded: the group was the last to multiply.
         """
         (dy, t), hidden = dout, self.shape.hidden
         group.bias_gradient(dy)
@@ -338,7 +346,7 @@ class Block:
         source, kept = (v["x"] if norm is self.norm1 else v["mid"]), v.get(f"y{norm.number}")
         y, d = _carve(v["y"], 0, hidden), v["d"][:, :hidden]
         if not stop or norm.dbias_H is not None:
-            group.input_gradient(dy, t, y, v.get("dropped"))
+            group.input_gradient(dy, t, y, v.get("dropped"), expanded)
         if norm.dbias_H is not None:
             add_column_sums(y, 1.0, norm.dbias_H)
             if norm.norm.carried is not None:
@@ -352,15 +360,15 @@ class Block:
             h = v["h_qkv" if norm is self.norm1 else "h_up"]
             group.adapter_gradients(dy, t, h, y if kept is None else kept[:, :hidden], v.get("dropped"))
 
-    def _input(self, v: Views, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _input(self, v: Views, name: str) -> Pair:
         """Input x of a group and the place of x Aᵀ: beside x, or apart for fp8."""
         group = self.groups[name]
         kept = {"qkv": "y1", "o": "a", "up": "y2", "down": "act"}[name]
         width = group.ins + (0 if self.shape.fp8 else group.R)
         buffer = v[kept] if kept in v else _carve(v["scratch" if name == "down" else "y"], 0, width)
-        return buffer[:, : group.ins], v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
+        return buffer[:, : group.ins], v["h"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
 
-    def _gradient(self, v: Views, buffer: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gradient(self, v: Views, buffer: torch.Tensor, group: Group) -> Pair:
         """Gradient of a group's output in its buffer and the place of dy B: beside it, or apart for fp8."""
         t = v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.outs : group.outs + group.R]
         return buffer[:, : group.outs], t

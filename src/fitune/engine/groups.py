@@ -104,14 +104,23 @@ class Group:
         torch.mm(dy_TN, self._product.B_NR, out=t_TR)
 
     def input_gradient(
-        self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, spare: torch.Tensor | None
+        self,
+        dy_TN: torch.Tensor,
+        t_TR: torch.Tensor,
+        dx_TK: torch.Tensor,
+        spare: torch.Tensor | None,
+        expanded: bool = False,
     ) -> None:
-        """dx = dy W + dropout(t A); t A is written into `spare` if there is dropout, which keeps it out of the GEMM."""
+        """dx = dy W + dropout(t A); t A is written into `spare` if there is dropout, which keeps it out of the GEMM.
+
+        Args:
+            expanded: no other group has multiplied since this one did.
+        """
         if self.mask is None:
-            self._product.input_gradient(dy_TN, t_TR, dx_TK)
+            self._product.input_gradient(dy_TN, t_TR, dx_TK, expanded)
             return
         tA_TK = _part(spare, dx_TK)
-        self._product.input_gradient(dy_TN, t_TR[:, :0], dx_TK)
+        self._product.input_gradient(dy_TN, t_TR[:, :0], dx_TK, expanded)
         torch.mm(t_TR, self._product.A_RK, out=tA_TK)
         drop_add(tA_TK, self.mask, dx_TK)
 
