@@ -273,10 +273,13 @@ def test_an_adapter_outside_the_blocks_is_not_forgotten():
         EnginePath(model, model_type, "full", 8, 8)
 
 
-def test_heads_too_wide_for_the_kernels_take_the_plain_path():
+@pytest.mark.parametrize(
+    ("key", "size", "message"), [("head_dim", 512, "heads 512 wide"), ("hidden_size", 18432, "rows 18432 wide")]
+)
+def test_what_is_too_wide_for_the_kernels_takes_the_plain_path(key, size, message):
     model, model_type = make("llama")
-    model.config.head_dim = 512
-    with pytest.raises(Unsupported, match="heads 512 wide"):
+    setattr(model.config, key, size)
+    with pytest.raises(Unsupported, match=message):
         EnginePath(model, model_type, "full", 8, 8)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fitune.engine.buffers import carve
 from fitune.engine.factors import input_factors, output_factors, refuse_factors
 from fitune.engine.groups import Group
 from fitune.engine.products import Scratch
@@ -138,7 +139,7 @@ class Block:
         (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], act)
         self._down_project("down", v, again=False)
         if self.act_factors is not None:
-            act = self.act_factors.scale(act, _carve(v["scaled"], 0, self.shape.intermediate))
+            act = self.act_factors.scale(act, carve(v["scaled"], 0, self.shape.intermediate))
         self.groups["down"].forward(act, h, v["branch"])
         return self._stream(v["mid"], y2)
 
@@ -227,7 +228,7 @@ class Block:
 
     def _projected(self, v: Views) -> torch.Tensor:
         """Queries, keys and values behind their factors, if there are any."""
-        return v["qkv"] if self.qkv_factors is None else _carve(v["scaled"], 0, self.shape.qkv)
+        return v["qkv"] if self.qkv_factors is None else carve(v["scaled"], 0, self.shape.qkv)
 
     def _with_prefix(self, qkv: QKV, tokens: Tokens) -> QKV:
         if self.prefix is not None:
@@ -262,13 +263,13 @@ class Block:
         down.bias_gradient(d)
         if down.R:
             down.up_project(d, t)
-        down.input_gradient(d, t, _carve(v["scratch"], 0, self.shape.intermediate), v.get("dropped"))
+        down.input_gradient(d, t, carve(v["scratch"], 0, self.shape.intermediate), v.get("dropped"))
 
     def _backward_mlp(self, v: Views, expanded: bool) -> None:
         shape, up, down = self.shape, self.groups["up"], self.groups["down"]
         d, t = self._gradient(v, v["d"], down)
         gate_up = v["gate_up"][:, : shape.inner]
-        dact = _carve(v["scratch"], 0, shape.intermediate)
+        dact = carve(v["scratch"], 0, shape.intermediate)
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
         if self.act_factors is not None:
             self.act_factors.backward(dact, self._act(v) if kept is None else kept)
@@ -281,7 +282,7 @@ class Block:
 
     def _act(self, v: Views) -> torch.Tensor:
         """The activation, made again where its scaled copy was."""
-        out = _carve(v["scaled"], 0, self.shape.intermediate)
+        out = carve(v["scaled"], 0, self.shape.intermediate)
         (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], out)
         return out
 
@@ -301,10 +302,10 @@ class Block:
             o.adapter_gradients(d, t, v.get("h_o", h), a, v.get("dropped"))
         if self.first and not self._trains_before_attention:
             return
-        da = _carve(v["scratch"], 0, shape.attention)
+        da = carve(v["scratch"], 0, shape.attention)
         o.input_gradient(d, t, da, v.get("dropped"))
         beside = 0 if shape.fp8 else qkv_group.R
-        dout = self._gradient(v, _carve(v["scratch"], shape.attention, shape.qkv + beside), qkv_group)
+        dout = self._gradient(v, carve(v["scratch"], shape.attention, shape.qkv + beside), qkv_group)
         inputs, grads = self._queries_keys_values(v, tokens, rotated=True), self._heads(dout[0])
         scoring = self._scoring(tokens)
         attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, v["delta"])
@@ -344,7 +345,7 @@ class Block:
             group.up_project(dy, t)
         rstd, mean = norm.statistics(v)
         source, kept = (v["x"] if norm is self.norm1 else v["mid"]), v.get(f"y{norm.number}")
-        y, d = _carve(v["y"], 0, hidden), v["d"][:, :hidden]
+        y, d = carve(v["y"], 0, hidden), v["d"][:, :hidden]
         if not stop or norm.dbias_H is not None:
             group.input_gradient(dy, t, y, v.get("dropped"), expanded)
         if norm.dbias_H is not None:
@@ -365,19 +366,13 @@ class Block:
         group = self.groups[name]
         kept = {"qkv": "y1", "o": "a", "up": "y2", "down": "act"}[name]
         width = group.ins + (0 if self.shape.fp8 else group.R)
-        buffer = v[kept] if kept in v else _carve(v["scratch" if name == "down" else "y"], 0, width)
+        buffer = v[kept] if kept in v else carve(v["scratch" if name == "down" else "y"], 0, width)
         return buffer[:, : group.ins], v["h"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
 
     def _gradient(self, v: Views, buffer: torch.Tensor, group: Group) -> Pair:
         """Gradient of a group's output in its buffer and the place of dy B: beside it, or apart for fp8."""
         t = v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.outs : group.outs + group.R]
         return buffer[:, : group.outs], t
-
-
-def _carve(buffer: torch.Tensor, start: int, width: int) -> torch.Tensor:
-    """A contiguous (T, width) part of a contiguous (T, n) buffer, behind `start` columns' worth of memory."""
-    tokens = buffer.shape[0]
-    return buffer.view(-1)[tokens * start : tokens * (start + width)].view(tokens, width)
 
 
 def _norm(layer: nn.Module, spec: BlockSpec, number: str, trained: Trained) -> BlockNorm:

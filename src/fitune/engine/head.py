@@ -16,8 +16,6 @@ from fitune.kernels.rows import scatter_rows
 from fitune.kernels.sums import add_column_sums
 from fitune.plan.saves import head_rows, padded_vocabulary
 
-IGNORE = -100
-
 
 class Head:
     """The end of a causal model.
