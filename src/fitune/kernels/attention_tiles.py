@@ -254,7 +254,7 @@ def _turn(i, blocks, kv_head, GROUP: tl.constexpr):
 
     No blocks must not mean a division by zero: it is undefined even where the loop does not run. The pipeliner puts
     the divisions of its first rounds in front of the loop, from which LLVM concluded that it does run, and fetched the
-    first block unasked: past the end of lse, and by the copy unit into memory in which dk was being turned into rows.
+    first block unasked: past the end of lse, and by the copy unit into memory that the end of the kernel uses.
     """
     if GROUP > 1:
         each = tl.maximum(blocks, 1)

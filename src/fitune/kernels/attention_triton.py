@@ -74,7 +74,7 @@ _SCALAR_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 
 
 
 # With slopes these were (64, 64, 4, 2) and (32, 64, 4, 3) with blocks fetched by the copy unit: a wrong dk, then a read
-# where nothing is. The reason is known and gone (`attention_tiles._turn`, docs/log.md); the tiles await a GPU.
+# where nothing is. The likely reason is gone (`attention_tiles._turn`, docs/log.md); the tiles await a GPU.
 _SLOPES_TILES: dict[tuple[Pass, int, int], Tile] = {
     ("dkv", 90, 64): Tile(32, 64, 4, 2),
     ("dkv", 90, 128): Tile(32, 64, 4, 2),
