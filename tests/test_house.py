@@ -181,3 +181,17 @@ def test_no_room_hides_a_public_function():
     for name in fitune.__all__:
         assert not (SRC / name).exists(), name
         assert not (SRC / f"{name}.py").exists(), name
+
+
+def test_loops_of_kernels_divide_by_constants_only():
+    """Zero is undefined even where a loop does not run: see `attention_tiles._turn`. Constants are in capitals."""
+    for file in sorted((SRC / "kernels").glob("*.py")):
+        for kernel in ast.walk(ast.parse(file.read_text())):
+            decorators = getattr(kernel, "decorator_list", [])
+            if "triton.jit" not in map(ast.unparse, decorators):
+                continue
+            for loop in (node for node in ast.walk(kernel) if isinstance(node, ast.For)):
+                for node in (node for line in loop.body for node in ast.walk(line)):
+                    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod):
+                        divisor = ast.unparse(node.right)
+                        assert divisor.isupper() or divisor.isdigit(), f"{file.name}:{node.lineno}: by {divisor}"

@@ -148,3 +148,35 @@ def compare(model, engine, batch, bound):
     assert loss == pytest.approx(plain_loss, rel=bound)
     for name in plain:
         assert difference(fast[name], plain[name]) <= bound, name
+
+
+def only_what_is_declared(model, engine, batch):
+    """The same micro-step again, everything that is not kept poisoned before each block's backward; nothing changes.
+
+    The last block does not recompute, as its forward came just before; the second time it must.
+    """
+    torch.manual_seed(2)
+    expected = run(engine, model, batch)
+    made_again = []
+
+    def poisoned(backward):
+        def run(views, tokens, again):
+            made_again.append(again)
+            gradient = views["d"].clone()
+            for buffer in engine._buffers._shared.values():
+                buffer.fill_(float("nan"))
+            views["d"].copy_(gradient)
+            backward(views, tokens)
+
+        return run
+
+    for block in engine.blocks:
+        block.backward = poisoned(block.backward)
+    if engine.virtual:
+        engine.virtual.gradient.fill_(float("nan"))
+    torch.manual_seed(2)
+    loss, gradients = run(engine, model, batch)
+    assert made_again == [False, True, True]
+    assert loss == expected[0]
+    for name in gradients:
+        assert torch.equal(gradients[name], expected[1][name]), name

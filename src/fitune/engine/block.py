@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fitune.engine.buffers import carve
 from fitune.engine.factors import input_factors, output_factors, refuse_factors
 from fitune.engine.groups import Group
 from fitune.engine.products import Scratch
@@ -33,6 +34,7 @@ from fitune.kernels.swiglu import gelu, gelu_backward, swiglu, swiglu_backward
 from fitune.plan.saves import GROUPS, BlockShape, Level
 
 Views = dict[str, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,8 @@ class Block:
         self, layer: nn.Module, spec: BlockSpec, level: Level, dtype: torch.dtype, scratch: Scratch, trained: Trained
     ) -> None:
         self.level, self.spec = level, spec
-        self.groups = {
-            name: Group([layer.get_submodule(path) for path in paths], dtype, scratch, trained)
-            for name, paths in spec.names().items()
-        }
         modules = {name: [layer.get_submodule(path) for path in paths] for name, paths in spec.names().items()}
+        self.groups = {name: Group(found, dtype, scratch, trained) for name, found in modules.items()}
         refuse_factors([*modules["o"], *modules["up"]])
         self.qkv_factors = output_factors(modules["qkv"], trained)
         self.act_factors = input_factors(modules["down"][0], trained)
@@ -140,7 +139,7 @@ class Block:
         (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], act)
         self._down_project("down", v, again=False)
         if self.act_factors is not None:
-            act = self.act_factors.scale(act, _carve(v["scaled"], 0, self.shape.intermediate))
+            act = self.act_factors.scale(act, carve(v["scaled"], 0, self.shape.intermediate))
         self.groups["down"].forward(act, h, v["branch"])
         return self._stream(v["mid"], y2)
 
@@ -149,8 +148,20 @@ class Block:
         carried = self.norm2.norm.carried
         torch.add(v["branch"], stream, alpha=1.0 if carried is None else carried, out=out)
 
-    def backward(self, v: Views, tokens: Tokens) -> None:
-        """`d` (first H columns): gradient of the block's output in, of its input out."""
+    def backward(self, v: Views, tokens: Tokens, again: bool = True) -> None:
+        """`d` (first H columns): gradient of the block's output in, of its input out.
+
+        Args:
+            again: make what the level did not keep again; False straight after this block's forward, where the shared
+                buffers still hold it.
+        """
+        self._backward_down(v)
+        if again:
+            self._recompute(v, tokens)
+        self._backward_mlp(v, expanded=again and self.level not in ("none", "elementwise"))
+        self._backward_attention(v, tokens)
+
+    def _recompute(self, v: Views, tokens: Tokens) -> None:
         y2, _ = self._input(v, "up")
         if self.level in ("full", "offload"):
             y1, _ = self._input(v, "qkv")
@@ -163,8 +174,6 @@ class Block:
             rstd, mean = self.norm2.statistics(v)
             norm_only(v["mid"], self.norm2.norm, rstd, mean, y2)
             self._up(v, again=True)
-        self._backward_mlp(v)
-        self._backward_attention(v, tokens)
 
     def _stream(self, beside: torch.Tensor, through: torch.Tensor) -> torch.Tensor:
         return beside if self.norm1.norm.carried is None else through
@@ -219,7 +228,7 @@ class Block:
 
     def _projected(self, v: Views) -> torch.Tensor:
         """Queries, keys and values behind their factors, if there are any."""
-        return v["qkv"] if self.qkv_factors is None else _carve(v["scaled"], 0, self.shape.qkv)
+        return v["qkv"] if self.qkv_factors is None else carve(v["scaled"], 0, self.shape.qkv)
 
     def _with_prefix(self, qkv: QKV, tokens: Tokens) -> QKV:
         if self.prefix is not None:
@@ -244,15 +253,23 @@ class Block:
         if kept is not None and not again:
             kept.copy_(h)
 
-    def _backward_mlp(self, v: Views) -> None:
-        shape, up, down = self.shape, self.groups["up"], self.groups["down"]
+    def _backward_down(self, v: Views) -> None:
+        """Gradient of the activation, into `scratch`: it needs nothing that is recomputed.
+
+        Coming first it leaves a quantized `up`, recomputed last, expanded for its own input gradient.
+        """
+        down = self.groups["down"]
         d, t = self._gradient(v, v["d"], down)
-        gate_up = v["gate_up"][:, : shape.inner]
         down.bias_gradient(d)
         if down.R:
             down.up_project(d, t)
-        dact = _carve(v["scratch"], 0, shape.intermediate)
-        down.input_gradient(d, t, dact, v.get("dropped"))
+        down.input_gradient(d, t, carve(v["scratch"], 0, self.shape.intermediate), v.get("dropped"))
+
+    def _backward_mlp(self, v: Views, expanded: bool) -> None:
+        shape, up, down = self.shape, self.groups["up"], self.groups["down"]
+        d, t = self._gradient(v, v["d"], down)
+        gate_up = v["gate_up"][:, : shape.inner]
+        dact = carve(v["scratch"], 0, shape.intermediate)
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
         if self.act_factors is not None:
             self.act_factors.backward(dact, self._act(v) if kept is None else kept)
@@ -261,11 +278,11 @@ class Block:
         if down.R:
             down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept, v.get("dropped"))
         stop = self.first and not self.groups["o"].needs_gradient and not self._trains_before_attention
-        self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop)
+        self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop, expanded)
 
     def _act(self, v: Views) -> torch.Tensor:
         """The activation, made again where its scaled copy was."""
-        out = _carve(v["scaled"], 0, self.shape.intermediate)
+        out = carve(v["scaled"], 0, self.shape.intermediate)
         (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], out)
         return out
 
@@ -285,10 +302,10 @@ class Block:
             o.adapter_gradients(d, t, v.get("h_o", h), a, v.get("dropped"))
         if self.first and not self._trains_before_attention:
             return
-        da = _carve(v["scratch"], 0, shape.attention)
+        da = carve(v["scratch"], 0, shape.attention)
         o.input_gradient(d, t, da, v.get("dropped"))
         beside = 0 if shape.fp8 else qkv_group.R
-        dout = self._gradient(v, _carve(v["scratch"], shape.attention, shape.qkv + beside), qkv_group)
+        dout = self._gradient(v, carve(v["scratch"], shape.attention, shape.qkv + beside), qkv_group)
         inputs, grads = self._queries_keys_values(v, tokens, rotated=True), self._heads(dout[0])
         scoring = self._scoring(tokens)
         attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, v["delta"])
@@ -313,13 +330,14 @@ class Block:
         qk_norm_rotate_backward(parts, self._projected(v), self.head_norm, rotary, positions, dqkv)
 
     def _through_norm(
-        self, v: Views, norm: BlockNorm, group: Group, dout: tuple[torch.Tensor, torch.Tensor], stop: bool
+        self, v: Views, norm: BlockNorm, group: Group, dout: Pair, stop: bool, expanded: bool = False
     ) -> None:
         """Input gradient of a group, then of the norm before it (added to `d`), then what the group trains.
 
         Args:
             dout: gradient of the group's output, and the place of dy B.
             stop: nothing below the norm is trained.
+            expanded: the group was the last to multiply.
         """
         (dy, t), hidden = dout, self.shape.hidden
         group.bias_gradient(dy)
@@ -327,9 +345,9 @@ class Block:
             group.up_project(dy, t)
         rstd, mean = norm.statistics(v)
         source, kept = (v["x"] if norm is self.norm1 else v["mid"]), v.get(f"y{norm.number}")
-        y, d = _carve(v["y"], 0, hidden), v["d"][:, :hidden]
+        y, d = carve(v["y"], 0, hidden), v["d"][:, :hidden]
         if not stop or norm.dbias_H is not None:
-            group.input_gradient(dy, t, y, v.get("dropped"))
+            group.input_gradient(dy, t, y, v.get("dropped"), expanded)
         if norm.dbias_H is not None:
             add_column_sums(y, 1.0, norm.dbias_H)
             if norm.norm.carried is not None:
@@ -343,24 +361,18 @@ class Block:
             h = v["h_qkv" if norm is self.norm1 else "h_up"]
             group.adapter_gradients(dy, t, h, y if kept is None else kept[:, :hidden], v.get("dropped"))
 
-    def _input(self, v: Views, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _input(self, v: Views, name: str) -> Pair:
         """Input x of a group and the place of x Aᵀ: beside x, or apart for fp8."""
         group = self.groups[name]
         kept = {"qkv": "y1", "o": "a", "up": "y2", "down": "act"}[name]
         width = group.ins + (0 if self.shape.fp8 else group.R)
-        buffer = v[kept] if kept in v else _carve(v["scratch" if name == "down" else "y"], 0, width)
-        return buffer[:, : group.ins], v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
+        buffer = v[kept] if kept in v else carve(v["scratch" if name == "down" else "y"], 0, width)
+        return buffer[:, : group.ins], v["h"][:, : group.R] if self.shape.fp8 else buffer[:, group.ins : width]
 
-    def _gradient(self, v: Views, buffer: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gradient(self, v: Views, buffer: torch.Tensor, group: Group) -> Pair:
         """Gradient of a group's output in its buffer and the place of dy B: beside it, or apart for fp8."""
         t = v["t"][:, : group.R] if self.shape.fp8 else buffer[:, group.outs : group.outs + group.R]
         return buffer[:, : group.outs], t
-
-
-def _carve(buffer: torch.Tensor, start: int, width: int) -> torch.Tensor:
-    """A contiguous (T, width) part of a contiguous (T, n) buffer, behind `start` columns' worth of memory."""
-    tokens = buffer.shape[0]
-    return buffer.view(-1)[tokens * start : tokens * (start + width)].view(tokens, width)
 
 
 def _norm(layer: nn.Module, spec: BlockSpec, number: str, trained: Trained) -> BlockNorm:

@@ -68,3 +68,9 @@ class Buffers:
         """`branch` or `d` as (tokens + 1, width)."""
         width = self._widths[name]
         return self._shared[name][: (tokens + 1) * width].view(tokens + 1, width)
+
+
+def carve(buffer: torch.Tensor, start: int, width: int) -> torch.Tensor:
+    """A contiguous (T, width) part of a contiguous (T, n) buffer, behind `start` columns' worth of memory."""
+    tokens = buffer.shape[0]
+    return buffer.view(-1)[tokens * start : tokens * (start + width)].view(tokens, width)

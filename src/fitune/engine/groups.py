@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fitune.engine.buffers import carve
 from fitune.engine.products import Expanded, Fused, Product, RowsFp8, Scratch
 from fitune.engine.spec import Unsupported
 from fitune.engine.trained import Trained, joined
@@ -104,14 +105,24 @@ class Group:
         torch.mm(dy_TN, self._product.B_NR, out=t_TR)
 
     def input_gradient(
-        self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, spare: torch.Tensor | None
+        self,
+        dy_TN: torch.Tensor,
+        t_TR: torch.Tensor,
+        dx_TK: torch.Tensor,
+        spare: torch.Tensor | None,
+        expanded: bool = False,
     ) -> None:
-        """dx = dy W + dropout(t A); t A is written into `spare` if there is dropout, which keeps it out of the GEMM."""
+        """dx = dy W + dropout(t A); t A is written into `spare` if there is dropout, which keeps it out of the GEMM.
+
+        Args:
+            expanded: no other group has multiplied since this one did.
+        """
         if self.mask is None:
-            self._product.input_gradient(dy_TN, t_TR, dx_TK)
+            self._product.input_gradient(dy_TN, t_TR, dx_TK, expanded)
             return
-        tA_TK = _part(spare, dx_TK)
-        self._product.input_gradient(dy_TN, t_TR[:, :0], dx_TK)
+        assert spare is not None, "dropout without a buffer"
+        tA_TK = carve(spare, 0, self.ins)
+        self._product.input_gradient(dy_TN, t_TR[:, :0], dx_TK, expanded)
         torch.mm(t_TR, self._product.A_RK, out=tA_TK)
         drop_add(tA_TK, self.mask, dx_TK)
 
@@ -142,7 +153,8 @@ class Group:
     def _drop(self, x_TK: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
         if self.mask is None:
             return x_TK
-        out_TK = _part(spare, x_TK)
+        assert spare is not None, "dropout without a buffer"
+        out_TK = carve(spare, 0, self.ins)
         drop(x_TK, self.mask, out_TK)
         return out_TK
 
@@ -182,12 +194,6 @@ def _adapters(modules: list[Any]) -> list[Adapter]:
             column += A.shape[0]
         row += outputs
     return found
-
-
-def _part(spare: torch.Tensor | None, like_TK: torch.Tensor) -> torch.Tensor:
-    """A contiguous matrix of that shape in a contiguous buffer."""
-    assert spare is not None, "dropout without a buffer"
-    return spare.view(-1)[: like_TK.numel()].view(like_TK.shape)
 
 
 def _accumulate(into_mn: torch.Tensor, a_Tm: torch.Tensor, b_Tn: torch.Tensor, scale: float) -> None:

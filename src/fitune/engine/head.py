@@ -16,8 +16,6 @@ from fitune.kernels.rows import scatter_rows
 from fitune.kernels.sums import add_column_sums
 from fitune.plan.saves import head_rows, padded_vocabulary
 
-IGNORE = -100
-
 
 class Head:
     """The end of a causal model.
@@ -36,8 +34,10 @@ class Head:
         vocabulary, hidden = self._weight_VH.shape
         dtype, device = self._weight_VH.dtype, self._weight_VH.device
         self.rows = head_rows(vocabulary, dtype.itemsize)
-        # Rows that start on 16 bytes: an odd vocabulary (46,145 of bloom-1b4-zh) would keep products off tensor cores.
-        width = padded_vocabulary(vocabulary)
+        # Products are fast if rows start on 16 bytes and all sizes are multiples of 8. What an odd vocabulary (46,145
+        # of bloom-1b4-zh) has beyond that is a product of its own, of a few columns.
+        width, even = padded_vocabulary(vocabulary), vocabulary - vocabulary % 8
+        self._parts = [slice(0, even), slice(even, vocabulary)] if 0 < even < vocabulary else [slice(0, vocabulary)]
         self._logits_MV = torch.empty(self.rows, width, dtype=dtype, device=device)[:, :vocabulary]
         self._x_MH, self._y_MH, self._d_MH = (torch.empty(self.rows, hidden, dtype=dtype, device=device) for _ in "xyd")
         self._rstd_M, self._loss_M = (torch.empty(self.rows, device=device) for _ in "rl")
@@ -64,10 +64,11 @@ class Head:
         mean = None if self._mean_M is None else self._mean_M[:m]
         torch.index_select(final_TH, 0, index_M, out=x)
         add_norm(x, None, self._norm, None, y, rstd, mean)
-        if self._bias is None:
-            torch.mm(y, self._weight_VH.t(), out=logits)
-        else:
-            torch.addmm(self._bias, y, self._weight_VH.t(), out=logits)
+        for part in self._parts:
+            if self._bias is None:
+                torch.mm(y, self._weight_VH[part].t(), out=logits[:, part])
+            else:
+                torch.addmm(self._bias[part], y, self._weight_VH[part].t(), out=logits[:, part])
         if gradient is None:
             loss_only(logits, targets_M, loss)
             loss_sum.add_(loss.sum())
@@ -75,7 +76,8 @@ class Head:
         scale, d_TH = gradient
         cross_entropy_(logits, targets_M, scale, loss)
         loss_sum.add_(loss.sum())
-        torch.mm(logits, self._weight_VH, out=y)
+        for number, part in enumerate(self._parts):  # the first of them writes, a second one adds
+            torch.addmm(y, logits[:, part], self._weight_VH[part], beta=min(number, 1), out=y)
         if self._dbias_H is not None:
             add_column_sums(y, 1.0, self._dbias_H)
         d.zero_()

@@ -321,7 +321,7 @@ class EnginePath:
         for layer in range(len(self.blocks) - 1, self.lowest - 1, -1):
             if offload:
                 offload.before_read(layer - self.lowest)
-            self.blocks[layer].backward(self._views(layer, tokens), where)
+            self.blocks[layer].backward(self._views(layer, tokens), where, again=layer < len(self.blocks) - 1)
             if offload:
                 offload.fetch_below(layer - self.lowest, tokens)
         if self._embedding_dbias_H is not None:

@@ -31,8 +31,12 @@ class Product(Protocol):
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """out = x Wᵀ + h Bᵀ + bias."""
 
-    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
-        """dx = dy W + t A, or dx = dy W if t has no columns."""
+    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, expanded: bool) -> None:
+        """dx = dy W + t A, or dx = dy W if t has no columns.
+
+        Args:
+            expanded: the last product of all groups was this one's forward, whose expanded weights still stand.
+        """
 
 
 class Scratch:
@@ -44,6 +48,7 @@ class Scratch:
             0, dtype=torch.uint8, device=device
         )  # of rows, with their scales: the engine's buffers
         self.scales = torch.empty(0, device=device)
+        self.holder: Expanded | None = None  # whose weights are expanded
 
     def reserve(self, size: int, dtype: torch.dtype) -> None:
         """Make room for `size` elements of `dtype`."""
@@ -86,7 +91,7 @@ class Fused:
         """See `Product`."""
         forward_beside(self._matrix[: self._N], x_TK, h_TR, out_TN, self._bias_N)
 
-    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
+    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, expanded: bool) -> None:
         """See `Product`."""
         torch.mm(beside(dy_TN, t_TR), self._matrix[: self._N + t_TR.shape[1], : self._K], out=dx_TK)
 
@@ -102,8 +107,12 @@ class Expanded:
         self.A_RK = torch.zeros(R, self._K, dtype=self._dtype, device=device)
         self.B_NR = torch.zeros(self._N, R, dtype=self._dtype, device=device)
 
-    def _matrix(self) -> torch.Tensor:
+    def _matrix(self, expanded: bool) -> torch.Tensor:
         matrix = self._scratch.matrix(self._N + self._R, self._K + self._R, self._dtype)
+        if expanded:
+            assert self._scratch.holder is self, "another group was expanded since"
+            return matrix
+        self._scratch.holder = self
         row = 0
         for linear in self._linears:
             linear.dequantize_into(matrix[row : row + linear.out_features, : self._K])
@@ -115,11 +124,11 @@ class Expanded:
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """See `Product`."""
-        forward_beside(self._matrix()[: self._N], x_TK, h_TR, out_TN, self._bias_N)
+        forward_beside(self._matrix(False)[: self._N], x_TK, h_TR, out_TN, self._bias_N)
 
-    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
+    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, expanded: bool) -> None:
         """See `Product`."""
-        torch.mm(beside(dy_TN, t_TR), self._matrix()[: self._N + t_TR.shape[1], : self._K], out=dx_TK)
+        torch.mm(beside(dy_TN, t_TR), self._matrix(expanded)[: self._N + t_TR.shape[1], : self._K], out=dx_TK)
 
 
 class RowsFp8:
@@ -153,7 +162,7 @@ class RowsFp8:
         if h_TR.shape[1]:
             out_TN.addmm_(h_TR, self.B_NR.t())
 
-    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor) -> None:
+    def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, expanded: bool) -> None:
         """See `Product`. The weights' scales are folded into dy before it is quantized, so one stored copy serves."""
         codes_KN = self._scratch.matrix(self._K, self._N, E4M3)
         transpose_codes(self._codes_NK, codes_KN)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fitune.kernels.attention import MAX_HEAD_DIM
 from fitune.kernels.launch import has_triton
-from fitune.kernels.norm import Norm
+from fitune.kernels.norm import MAX_WIDTH, Norm
 from fitune.model import prefix_lm
 from fitune.plan.saves import BlockShape
 
@@ -131,6 +131,8 @@ def block_spec(model: nn.Module, model_type: str) -> BlockSpec:
     head_dim = _head_dim(config)
     if head_dim > MAX_HEAD_DIM:
         raise Unsupported(f"attention heads {head_dim} wide (at most {MAX_HEAD_DIM})")
+    if config.hidden_size > MAX_WIDTH:
+        raise Unsupported(f"norms of rows {config.hidden_size} wide (at most {MAX_WIDTH})")
     if next(model.parameters()).is_cuda and not has_triton():
         raise Unsupported("triton is not installed")
     _check_adapters(model)

@@ -252,8 +252,9 @@ def _dkv_step(q, k, v, dout, dk, dv, lse2_M, delta_M, scale2, bias_N, keep, MASK
 def _turn(i, blocks, kv_head, GROUP: tl.constexpr):
     """Query head and block of round i of a loop over `blocks` blocks of each head of a group.
 
-    No blocks must not mean a division by zero: it is undefined even where the loop does not run, since the pipeliner
-    computes addresses of the first rounds in front of it, from which the compiler may conclude that it does run.
+    No blocks must not mean a division by zero: it is undefined even where the loop does not run. The pipeliner puts
+    the divisions of its first rounds in front of the loop, from which LLVM concluded that it does run, and fetched the
+    first block unasked: past the end of lse, and by the copy unit into memory that the end of the kernel uses.
     """
     if GROUP > 1:
         each = tl.maximum(blocks, 1)

@@ -73,8 +73,8 @@ _TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
 _SCALAR_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
-# With slopes and blocks fetched by the copy unit, Triton 3.6 made kernels of (64, 64, 4, 2) with a wrong dk (H200) and
-# of (32, 64, 4, 3) that once read where nothing is (H100, 2,048 tokens, 16 heads): without it until that is understood.
+# With slopes these were (64, 64, 4, 2) and (32, 64, 4, 3) with blocks fetched by the copy unit: a wrong dk, then a read
+# where nothing is. The likely reason is gone (`attention_tiles._turn`, docs/log.md); the tiles await a GPU.
 _SLOPES_TILES: dict[tuple[Pass, int, int], Tile] = {
     ("dkv", 90, 64): Tile(32, 64, 4, 2),
     ("dkv", 90, 128): Tile(32, 64, 4, 2),

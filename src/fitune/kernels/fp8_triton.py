@@ -9,7 +9,7 @@ import triton.language as tl
 from fitune.kernels.fp8 import LARGEST, SMALLEST_SCALE
 from fitune.kernels.launch import power_of_two, warps
 
-_HELD = 16384  # widest row that stays in the registers of one program; wider ones are read a second time
+_HELD = 32768  # widest row that stays in the registers of one program; wider ones are read a second time
 _SQUARE = 128  # bytes: a tile of 16 kB passes through shared memory
 
 

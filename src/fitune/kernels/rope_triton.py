@@ -19,8 +19,10 @@ PAIRS_PER_PROGRAM = 1024  # with four warps two 16-byte accesses of a 2-byte dty
 def rotate(
     x_Tn: torch.Tensor, rotary: Rotary, positions_AT: torch.Tensor, heads: int, out_Tn: torch.Tensor, inverse: bool
 ) -> None:
-    """Triton `rotate`, and with inverse `rotate_backward`."""
+    """Triton `rotate`, and with inverse `rotate_backward`; in place nothing past the pairs is touched."""
     tile = _tile(rotary, heads)
+    if x_Tn.data_ptr() == out_Tn.data_ptr() and x_Tn.stride(0) == out_Tn.stride(0):
+        tile["PB"] = 0
     _rotate[(positions_AT.shape[1], triton.cdiv(heads, tile["HB"]))](
         x_Tn,
         out_Tn,

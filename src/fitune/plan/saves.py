@@ -167,7 +167,8 @@ def shared_buffers(shape: BlockShape, level: Level) -> tuple[Saved, ...]:
 
 def _fp8_rows(shape: BlockShape) -> tuple[Saved, ...]:
     widest = max(max(outs, ins) for outs, ins, _ in shape.groups.values())
-    return Saved("codes", widest, size=1), Saved("scales", 1, size=4), Saved("t", max(16, *shape.lora))
+    adapters = max(16, *shape.lora)
+    return Saved("codes", widest, size=1), Saved("scales", 1, size=4), Saved("h", adapters), Saved("t", adapters)
 
 
 ONE_ROW_MORE = ("branch", "d")
