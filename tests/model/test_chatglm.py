@@ -168,7 +168,7 @@ def test_weights_that_are_not_chatglms(tmp_path):
     with pytest.raises(ConfigError, match=r"'transformer.prefix_encoder.embedding.weight' is no weight of ChatGLM2"):
         load_base(folder, "fp32", CPU)
     torch.save({k: v for k, v in weights.items() if "output_layer" not in k}, file)
-    with pytest.raises(ConfigError, match=r"1 weights are missing \(lm_head.weight\)"):
+    with pytest.raises(ConfigError, match=r"1 weight is missing \(lm_head.weight\)"):
         load_base(folder, "fp32", CPU)
     name = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
     torch.save(weights | {name: weights[name][:-1]}, file)
