@@ -149,6 +149,7 @@ def test_no_code_runs_and_nothing_is_asked(tmp_path, monkeypatch):
         ({"rope_ratio": "50"}, "`rope_ratio` is '50'; a positive number"),
         ({"seq_length": "long"}, "`seq_length` is 'long'"),
         ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no'"),
+        ({"eos_token_id": [151329, 151336]}, "Of GLM-4 give the version for transformers, such as THUDM/glm-4-9b"),
         ({"position_encoding_2d": True}, "`inner_hidden_size` is missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
