@@ -254,13 +254,15 @@ def test_what_cannot_be_converted(original, tiny, tmp_path, capsys):
 
     weights = torch.load(file, weights_only=True)
     torch.save({k: v for k, v in weights.items() if "output_layer" not in k}, file)
-    refused(r"1 weights are missing or of another shape .*\(lm_head.weight is missing\)")
+    refused(r"1 weights are missing, surplus or of another shape .*\(lm_head.weight is missing\)")
     torch.save(weights | {"transformer.output_layer.weight": torch.ones(3, 32)}, file)
     refused(r"lm_head.weight is of shape \[3, 32\], not \[352, 32\]")
     torch.save({k: v.half() for k, v in weights.items()}, file)
     refused(r"weights are torch.float16, torch.float32; one kind is needed")
+    torch.save(weights | {"transformer.encoder.layers.2.input_layernorm.weight": torch.ones(32)}, file)
+    refused(r"\(model.layers.2.input_layernorm.weight is surplus\)")
     file.write_bytes(whole[:-100])
-    refused("refused, it is damaged or no weight file")
+    refused("is damaged or no weight file; download it again")
     (original / "tokenizer.model").unlink()
     refused("has no tokenizer.model")
 

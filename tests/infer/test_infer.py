@@ -152,6 +152,13 @@ def test_an_unfinished_run_is_refused(trained, tmp_path):
         fitune.load(folder)
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_read(tiny, tmp_path):
+    shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        fitune.load(tmp_path)
+
+
 def test_generation_leaves_training_mode_alone(trained):
     model = fitune.load(trained, device="cpu").model
     model.train()

@@ -149,6 +149,7 @@ def test_no_code_runs_and_nothing_is_asked(tmp_path, monkeypatch):
         ({"rope_ratio": "50"}, "`rope_ratio` is '50'; a positive number"),
         ({"seq_length": "long"}, "`seq_length` is 'long'"),
         ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no'"),
+        ({"eos_token_id": [151329, 151336]}, "Of GLM-4 give the version for transformers, such as THUDM/glm-4-9b"),
         ({"position_encoding_2d": True}, "`inner_hidden_size` is missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -168,7 +169,7 @@ def test_weights_that_are_not_chatglms(tmp_path):
     with pytest.raises(ConfigError, match=r"'transformer.prefix_encoder.embedding.weight' is no weight of ChatGLM2"):
         load_base(folder, "fp32", CPU)
     torch.save({k: v for k, v in weights.items() if "output_layer" not in k}, file)
-    with pytest.raises(ConfigError, match=r"1 weights are missing \(lm_head.weight\)"):
+    with pytest.raises(ConfigError, match=r"1 weight is missing \(lm_head.weight\)"):
         load_base(folder, "fp32", CPU)
     name = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
     torch.save(weights | {name: weights[name][:-1]}, file)

@@ -125,13 +125,16 @@ def test_variants_are_refused_before_weights_are_read(tmp_path, sizes, changes, 
         inspect_folder(tmp_path)
 
 
-def test_missing_weights(shared, tmp_path):
+def test_missing_and_surplus_weights(shared, tmp_path):
     folder = write_folder(tmp_path / "m", shared, "safetensors")
-    (folder / "config.json").write_text(
-        json.dumps(json.loads((folder / "config.json").read_text()) | {"num_layers": 3})
-    )
-    with pytest.raises(ConfigError, match=r"12 weights are missing \(transformer.layers.2.attention.dense.bias"):
-        load_base(folder, "fp32", CPU)
+    config = json.loads((folder / "config.json").read_text())
+    for num_layers, kind in (
+        (3, r"missing \(transformer.layers.2"),
+        (1, r"not in .* describes \(transformer.layers.1"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"num_layers": num_layers}))
+        with pytest.raises(ConfigError, match=rf"12 weights are {kind}.attention.dense.bias"):
+            load_base(folder, "fp32", CPU)
 
 
 def test_parameters_of_the_published_model(shared):

@@ -166,9 +166,10 @@ class Template:
             if message.role not in ROLES:
                 raise DataError(f"unknown role '{message.role}'; allowed are {', '.join(ROLES)}")
             if message.metadata and "metadata" not in self.source:
+                other = set(LAYOUTS["chatglm3"].needs) <= self._tokenizer.special_tokens.keys()
                 raise DataError(
-                    f"template {self.name} has no place for metadata '{message.metadata:.60}'; leave it out, or use "
-                    "data.template=chatglm3"
+                    f"template {self.name} has no place for metadata '{message.metadata:.60}'; leave it out"
+                    f"{', or use data.template=chatglm3' if other else ', only ChatGLM3 has one'}"
                 )
         extras = [{key: text for key in _EXTRAS if (text := getattr(m, key)) is not None} for m in messages]
         texts = [text for m, extra in zip(messages, extras, strict=True) for text in (m.content, *extra.values())]

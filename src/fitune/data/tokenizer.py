@@ -15,6 +15,7 @@ import tokenizers
 
 from fitune.data.ice_text import UNSETTLED, IceText
 from fitune.data.tokenizer_files import TokenizerFiles
+from fitune.errors import ConfigError
 
 # Tokens with which models end a turn or a text; those that exist as special tokens stop generation.
 END_TOKENS = (
@@ -123,6 +124,18 @@ class Tokenizer:
             if "\ufffd" not in text:
                 return text
         return self._backend.id_to_token(token) or ""
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a model with fewer embedding rows than there are ids; new tokens get their rows in training.
+
+        Raises:
+            ConfigError: it has fewer.
+        """
+        if self.vocab_size - len(self.new_tokens) > rows:
+            raise ConfigError(
+                f"{self.folder}: the tokenizer has {self.vocab_size} entries, the model only {rows} embedding rows; "
+                "tokenizer and model do not belong together"
+            )
 
     def save(self, target: Path) -> None:
         """Write this tokenizer's files into another model folder.

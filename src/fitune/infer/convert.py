@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fitune.data.tokenizer import Tokenizer
@@ -41,11 +40,7 @@ class _Source:
     def files(self) -> Iterator[dict[str, torch.Tensor]]:
         """GLM's tensors of each file in turn, read when touched; a file is let go before the next one."""
         for name in self.raw.weight_files:
-            file = self.folder / name
-            try:
-                yield glm_weights(read_tensors(file), self.arch, file)
-            except SafetensorError as error:
-                raise ConfigError(f"{file}: is damaged or cut short ({error}); download it again") from error
+            yield glm_weights(read_tensors(self.folder / name), self.arch, self.folder / name)
 
 
 def convert(source: Path, target: Path) -> Path:
@@ -65,7 +60,7 @@ def convert(source: Path, target: Path) -> Path:
         reason = "which needs no conversion" if raw.model_type != "chatglm" else "which transformers has no model for"
         raise ConfigError(f"{source}: is a {raw.model_type} folder, {reason}; ChatGLM2 and 3 are what is converted")
     tokenizer_files = TokenizerFiles.read(source)
-    _check_vocabulary(raw, Tokenizer(tokenizer_files))
+    Tokenizer(tokenizer_files).check_rows(raw.config["vocab_size"])
     files = tokenizer_files.contents
     found = _Source(source, raw, read_arch(raw.original))
     shards, dtype, num_bytes = _plan(found)
@@ -87,14 +82,6 @@ def convert(source: Path, target: Path) -> Path:
 
     new_folder(target, fill, need_bytes)
     return target
-
-
-def _check_vocabulary(raw: ModelFolder, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > raw.config["vocab_size"]:
-        raise ConfigError(
-            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} entries, the model only "
-            f"{raw.config['vocab_size']} embedding rows; tokenizer and model do not belong together"
-        )
 
 
 def _plan(source: _Source) -> tuple[dict[str, str], torch.dtype, int]:
@@ -128,12 +115,13 @@ def _plan(source: _Source) -> tuple[dict[str, str], torch.dtype, int]:
 
 def _check_complete(source: _Source, shapes: dict[str, tuple[int, ...]]) -> None:
     wanted = {p.name.format(i): p.shape for p in source.arch.parameters for i in range(p.copies)}
-    odd = sorted(name for name in wanted if shapes.get(name) != wanted[name])
+    odd = sorted(name for name in wanted.keys() | shapes.keys() if shapes.get(name) != wanted.get(name))
     if odd:
-        kind = "missing" if odd[0] not in shapes else f"of shape {list(shapes[odd[0]])}, not {list(wanted[odd[0]])}"
+        kind = f"of shape {list(shapes.get(odd[0], ()))}, not {list(wanted.get(odd[0], ()))}"
+        kind = "missing" if odd[0] not in shapes else "surplus" if odd[0] not in wanted else kind
         raise ConfigError(
-            f"{source.folder}: {len(odd)} weights are missing or of another shape than config.json says ({odd[0]} is "
-            f"{kind}); the folder is incomplete or belongs to another model"
+            f"{source.folder}: {len(odd)} weights are missing, surplus or of another shape than config.json says "
+            f"({odd[0]} is {kind}); the folder is incomplete or belongs to another model"
         )
 
 

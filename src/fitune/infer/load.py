@@ -184,9 +184,10 @@ def load(
         raise _is_adapter(run)
     where = pick_device(device)
     folder = resolve_folder(str(path))
-    base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")
     tokenizer = Tokenizer.load(folder)
-    return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
+    template = resolve_template("auto", tokenizer)
+    base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")
+    return Loaded(base.model, tokenizer, template, where, base, None, None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fitune.plan.chatglm import glm_config, is_original, is_version_1
 MAX_CONFIG_BYTES = 4_000_000
 # A hostile config.json must not make us allocate: these are ten times the largest published models.
 LIMITS = {"vocab_size": 10_000_000, "hidden_size": 200_000, "num_hidden_layers": 2_000, "intermediate_size": 2_000_000}
+_LFS_POINTER = b"version https://git-lfs"
 TEXT_PATTERNS = ["*.json", "*.model", "*.jinja", "*.txt"]
 HUB_PATTERNS = ["*.safetensors", *TEXT_PATTERNS]
 
@@ -194,22 +195,35 @@ def with_stored_quantization(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _weight_files(folder: Path, pattern: str) -> tuple[str, ...]:
-    found = sorted(file.name for file in folder.glob(pattern))
+    names = found = tuple(sorted(file.name for file in folder.glob(pattern)))
     for index in folder.glob(pattern + ".index.json"):
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise ConfigError(f"{index}: `weight_map` is missing or maps to something else than file names")
-        absent = sorted(set(listed.values()) - set(found))
-        if absent:
-            raise ConfigError(f"{folder}: {len(absent)} weight files are missing ({absent[0]}); download them again")
-        return tuple(sorted(set(listed.values())))
-    broken = [name for name in found if not (folder / name).is_file()]
-    if broken:
-        raise ConfigError(f"{folder / broken[0]}: is no file, or a link to nothing; download it again")
-    empty = [name for name in found if (folder / name).stat().st_size == 0]
-    if empty:
-        raise ConfigError(f"{folder / empty[0]}: is empty; download it again")
-    return tuple(found)
+        names = tuple(sorted(set(listed.values())))
+        absent = [name for name in names if name not in found]
+        if found and absent:  # none at all: the index came along with weights of another format
+            raise ConfigError(
+                f"{folder}: {len(absent)} of {len(names)} weight files are missing ({absent[0]}); download them again"
+            )
+        break
+    if not found:
+        return ()
+    for name in names:
+        _check_start(folder / name)
+    return names
+
+
+def _check_start(file: Path) -> None:
+    """Refuse what stands in the place of a weight file after a download that was none."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: is no file, or a link to nothing; download it again")
+    with file.open("rb") as opened:
+        start = opened.read(len(_LFS_POINTER))
+    if not start:
+        raise ConfigError(f"{file}: is empty; download it again")
+    if start == _LFS_POINTER:
+        raise ConfigError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` there, or download it")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -32,6 +33,7 @@ from fitune.model.quantize import QuantLinear, quantize_blocks
 from fitune.model.standins import load_stored
 from fitune.model.weights import WeightFiles
 from fitune.plan.arch import read_arch
+from fitune.plan.checks import known_arch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -97,6 +99,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     if raw.quantization != "none" and quantization not in ("none", raw.quantization):
         raise ConfigError(f"{folder} holds weights in {raw.quantization}, which cannot become {quantization}")
     model_class, options = class_and_options(folder, raw, dtype)
+    _check_shapes(folder, raw)
     if quantization == raw.quantization == "none":
         options["device_map"] = {"": device}
     model: Any  # a transformers model
@@ -148,12 +151,9 @@ def reading(folder: Path) -> Iterator[None]:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         _raise_if_out_of_memory(error)
         raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
-    except SafetensorError as error:
-        _raise_if_out_of_memory(error)
-        raise ConfigError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
 
 
 def open_weights(folder: Path, raw: ModelFolder) -> WeightFiles:
@@ -176,6 +176,8 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except StrictDataclassError as error:  # a value of the wrong kind, or two that do not go together
+        raise ConfigError(f"{folder / 'config.json'}: {' '.join(str(error).split()):.300}") from error
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"{folder}: model_type {raw.model_type!r} is not a causal language model that transformers "
@@ -188,20 +190,63 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
     return config, model_class
 
 
+def _check_shapes(folder: Path, raw: ModelFolder) -> None:
+    """Refuse damaged files and weights of another shape than config.json says, from the headers of the files.
+
+    transformers would read the weights first, and fail in other words where one of two tied ones is of another shape.
+    Families that the planner does not know are left to its report.
+    """
+    with reading(folder):
+        shapes = open_weights(folder, raw).shapes
+    arch = known_arch(raw.config)
+    if arch is None or raw.quantization != "none":
+        return
+    wanted = {p.name.format(i): p.shape for p in arch.parameters for i in range(p.copies)}
+    wanted.setdefault("lm_head.weight", (arch.vocab, arch.hidden))  # tied, it may be in the files as well
+    prefix = arch.block.partition(".")[0] + "."  # files of a model without its head lack it
+    odd = [
+        f"{name} is {list(shape)}, not {list(needed)}"
+        for name, shape in shapes.items()
+        if (needed := wanted.get(name) or wanted.get(prefix + name)) not in (None, tuple(shape))
+    ]
+    if odd:
+        raise _belongs_elsewhere(folder, "of another shape than config.json says", odd)
+
+
+def _belongs_elsewhere(folder: Path, kind: str, keys: list[str]) -> ConfigError:
+    count = "1 weight is" if len(keys) == 1 else f"{len(keys)} weights are"
+    return ConfigError(
+        f"{folder}: {count} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}); "
+        "the folder is incomplete or belongs to another model"
+    )
+
+
 def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
-    """transformers fills missing weights with random numbers; that must never pass for a trained model."""
+    """Refuse what transformers lets pass: it fills missing weights with random numbers and drops surplus ones.
+
+    Surplus are blocks beyond the last, and biases of layers without; what stands beside the model is of no account.
+    """
     missing = sorted(report.get("missing_keys") or ())
-    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
+    mismatched = [f"{name} is {list(got)}, not {list(want)}" for name, got, want in report.get("mismatched_keys") or ()]
+    layers = {_layer(name) for name in model.state_dict()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    surplus = [key for key in report.get("unexpected_keys") or () if {_layer(key), prefix + _layer(key)} & layers]
     # The class lists what may be tied; whether it is stands in the configuration.
     is_tied = getattr(model.config, "tie_word_embeddings", False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else set()
     missing = [key for key in missing if not any(re.search(pattern, key) for pattern in tied)]
-    if missing or mismatched:
-        kind, keys = ("missing", missing) if missing else ("of another shape than config.json says", mismatched)
-        raise ConfigError(
-            f"{folder}: {len(keys)} weights are {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}); "
-            "the folder is incomplete or belongs to another model"
-        )
+    for kind, keys in (
+        ("missing", missing),
+        ("of another shape than config.json says", mismatched),
+        ("not in the model that config.json describes", surplus),
+    ):
+        if keys:
+            raise _belongs_elsewhere(folder, kind, sorted(keys))
+
+
+def _layer(name: str) -> str:
+    """The layer of a weight, whatever the number of its block."""
+    return re.sub(r"\.\d+\.", ".{}.", name).rpartition(".")[0]
 
 
 def _read_weights(folder: Path, raw: ModelFolder) -> dict[str, torch.Tensor]:
@@ -222,7 +267,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         MemoryError: it cannot be mapped.
     """
     if file.suffix == ".safetensors":
-        return load_file(file)
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            _raise_if_out_of_memory(error)
+            raise ConfigError(f"{file}: is damaged or cut short ({error}); download it again") from error
     try:
         part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
@@ -230,9 +279,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # unpickling raises anything; each means: not usable
         _raise_if_out_of_memory(error)
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants to run {wanted[1]}" if wanted else "it is damaged or no weight file"
+        if wanted is None:
+            raise ConfigError(f"{file}: is damaged or no weight file; download it again") from error
         raise ConfigError(
-            f"{file}: refused, {reason}. Only plain tensors are read; convert the model to safetensors"
+            f"{file}: refused, it wants to run {wanted[1]}. Only plain tensors are read; convert the model to "
+            "safetensors"
         ) from error
     if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
         raise ConfigError(f"{file}: is no plain dictionary of tensors; convert it to safetensors")

@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-
-from fitune.errors import ConfigError
 
 SHARD_BYTES = 2**31
 
@@ -32,8 +29,6 @@ class WeightFiles:
         read_file: a file's tensors by name, mapped into memory: only what is touched is read.
     Attributes:
         shapes: shape of every tensor by name, file after file.
-    Raises:
-        ConfigError: a file is damaged.
     Memory: touched pages of the file that was read last, and what `read` returns.
     """
 
@@ -54,10 +49,7 @@ class WeightFiles:
     def _tensors(self, file: str) -> dict[str, torch.Tensor]:
         if self._open[0] != file:
             self._open = ("", {})  # its pages, before those of the next one
-            try:
-                self._open = file, self._read_file(file)
-            except SafetensorError as error:
-                raise ConfigError(f"{file}: is damaged or cut short ({error}); download it again") from error
+            self._open = file, self._read_file(file)
         return self._open[1]
 
 

@@ -100,6 +100,12 @@ def glm_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"config.json: `{key}` is {config[key]!r:.60}; only ChatGLM models with {needed} are known"
             )
+    eos = config.get("eos_token_id", 2)
+    if 2 not in (eos if isinstance(eos, list) else [eos]):
+        raise ConfigError(
+            f"config.json: `eos_token_id` is {eos!r:.60}; ChatGLM2 and 3 end with 2. Of GLM-4 give the version for "
+            "transformers, such as THUDM/glm-4-9b-chat-hf"
+        )
     heads = config.get("num_attention_heads")
     return {
         "model_type": "glm",

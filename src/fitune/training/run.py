@@ -174,6 +174,8 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     longest = next((raw.config[key] for key in keys if raw.config.get(key)), None)
     check_run(config, arch, longest if isinstance(longest, int) else None)
     tokenizer = Tokenizer.load(model_folder, new_tokens(config.method))
+    if isinstance(rows := raw.config.get("vocab_size"), int):  # else it stands in a section of its own: once loaded
+        tokenizer.check_rows(rows)
     check_text(config.method, tokenizer)
     resolve_template(config.data.template, tokenizer)  # also for raw text: whoever opens the run asks for it
     if not quiet:
@@ -213,11 +215,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
     with memory_errors(config, "loading the model", None):
         base = load_base(prepared.model_folder, config.model.dtype, device, config.model.quantization)
     use_int8(base.model, config.model.int8_compute, config.model.int8_threshold)
-    if base.vocab_size < prepared.tokenizer.vocab_size - len(prepared.tokenizer.new_tokens):
-        raise ConfigError(
-            f"{prepared.model_folder}: the tokenizer has {prepared.tokenizer.vocab_size} entries, the model only "
-            f"{base.vocab_size} embedding rows; tokenizer and model do not belong together"
-        )
+    prepared.tokenizer.check_rows(base.vocab_size)
     method = METHODS[config.method.name]
     with memory_errors(config, "adding trainable weights", None):
         torch.manual_seed(config.train.seed)  # adapter initialisation
