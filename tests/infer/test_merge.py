@@ -310,7 +310,9 @@ def rename(tensors):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda t: t.update({A: torch.ones(4, 95)}), CheckpointError, "does not fit model.layers.0.mlp.down_proj"),
+        (lambda t: t.update({A: torch.ones(8, 95)}), CheckpointError, "does not fit model.layers.0.mlp.down_proj"),
+        (lambda t: t.update({A: t[A][:4]}), CheckpointError, "no A and B of rank 8 for it"),
+        (lambda t: t.pop(A), CheckpointError, "no A and B of rank 8 for it"),
         (rename, CheckpointError, "it changes model.layers.9.mlp.down_proj.weight, which is not there"),
         (lambda t: t.update({A: t[A] * 1e9}), ConfigError, "not finite after merging in torch.float16; use --dtype"),
     ],
@@ -321,6 +323,14 @@ def test_adapters_that_do_not_fit(runs, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         fitune.export(folder, tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"r": 0, "lora_alpha": 16}', '{"r": 8, "lora_alpha": null}'])
+def test_damaged_settings(runs, tmp_path, text):
+    folder = shutil.copytree(runs("llama"), tmp_path / "run")
+    (folder / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"damaged|cannot be read"):
+        fitune.export(folder, tmp_path / "out")
 
 
 MEASURE = """

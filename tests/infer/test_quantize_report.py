@@ -153,6 +153,15 @@ def test_rows_of_the_user(folders, rows_file, tmp_path):
         quantize_report(str(folders["llama"]), files=(str(tmp_path / "none.jsonl"),))
 
 
+def test_a_tokenizer_with_more_entries_than_the_model(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "m")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 500
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="gives id 500, but the model has only 128 embedding rows"):
+        quantize_report(str(folder))
+
+
 def test_what_is_refused(folders, tmp_path):
     with pytest.raises(ConfigError, match="--threshold is -1; allowed: 0 to 65504"):
         quantize_report(str(folders["llama"]), threshold=-1)

@@ -6,16 +6,19 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fitune
 from fitune.cli import main
 from fitune.config import build
-from fitune.errors import ConfigError
+from fitune.errors import CheckpointError, ConfigError
+from fitune.methods import METHODS
 from fitune.model.adapter import with_adapter
+from fitune.model.load import CONVERTED, fingerprint, load_base
 from fitune.plan.arch import read_arch
 from fitune.training import run
+from plan.shapes import TINY
 
 FIRST = {
     "lora": {"name": "lora", "r": 3, "alpha": 5, "target_modules": ["k_proj", "down_proj"], "rslora": True},
@@ -141,6 +144,70 @@ def test_names_are_compared_by_what_they_name(tree, tmp_path, tiny, name):
     tree["method"]["target_modules"] = ["q_proj"]
     with pytest.raises(ConfigError, match=r"target_modules is \('q_proj',\), but the adapter"):
         with_adapter(build(tree), arch)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"modules_to_save": ["norm"]}, r"modules_to_save is \('norm',\), but the adapter in .* has \(\)"),
+        ({"new_tokens": ["<verse>"]}, r"new_tokens is \('<verse>',\), but the adapter in .* has \(\)"),
+        ({"rslora": True}, "rslora is True, but the adapter in .* has False"),
+        ({"alpha": 16}, "alpha is 16.0, but the adapter in .* has 8"),
+    ],
+)
+def test_what_an_adapter_does_not_say_is_off(tree, tmp_path, given, message):
+    """As in files of early releases of PEFT."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    tree["method"] = {"name": "lora", "adapter": str(tmp_path), **given}
+    with pytest.raises(ConfigError, match=message):
+        with_adapter(build(tree), read_arch(TINY["llama"]))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_tied_head_that_was_trained_apart_is_refused(tree, tmp_path, tiny_qwen, names):
+    import peft
+
+    peft_adapter(tiny_qwen, tmp_path / "peft", peft.LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=names))
+    tree["method"] = {"name": "lora", "adapter": str(tmp_path / "peft")}
+    arch = read_arch(json.loads((tiny_qwen / "config.json").read_text()))
+    with pytest.raises(ConfigError, match=f"has a {names[0]} of its own, but embedding and head of this model are one"):
+        with_adapter(build(tree), arch)
+    if len(names) > 1:  # an architecture that is not known: found in the file
+        config = with_adapter(build(tree), None).method
+        model = METHODS["lora"].apply(load_base(tiny_qwen, "fp32", torch.device("cpu")), config)
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight differ, but in this model they are one"):
+            METHODS["lora"].load(model, tmp_path / "peft")
+
+
+def test_a_converted_base_is_the_base(tree, tmp_path, tiny):
+    tree["train"]["max_steps"] = 1
+    tree["method"]["adapter"] = str(run.train(build(tree), quiet=True).run)
+    same = shutil.copytree(tiny, tmp_path / "converted")
+    tensors = load_file(tiny / "model.safetensors")
+    save_file(tensors, same / "model.safetensors", metadata={"format": "pt", "written": "again"})
+    tree["model"]["path"], tree["output"] = str(same), {"dir": str(tmp_path / "next")}
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        run.train(build(tree), quiet=True)
+    facts = {
+        f"{key}fingerprint": fingerprint(at, ("model.safetensors",)) for key, at in (("", same), ("source_", tiny))
+    }
+    (same / CONVERTED).write_text(json.dumps(facts))
+    run.train(build(tree), quiet=True)
+
+
+def test_a_damaged_adapter_is_found_before_the_model_is_read(tree, tmp_path, monkeypatch):
+    tree["train"]["max_steps"] = 1
+    folder = run.train(build(tree), quiet=True).run
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    tree["method"]["adapter"], tree["output"] = str(folder), {"dir": str(tmp_path / "next")}
+    monkeypatch.setattr(run, "load_base", lambda *_: pytest.fail("read the model"))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run.train(build(tree), quiet=True)
+    (folder / "adapter" / "fitune.json").write_text('{"settings": null}')
+    with pytest.raises(CheckpointError, match="`settings` is no JSON object"):
+        run.train(build(tree), quiet=True)
 
 
 def test_a_network_cannot_be_continued(tree, tmp_path):

@@ -134,6 +134,8 @@ def test_other_answers_are_warned_of_even_at_the_same_loss():
     assert warning.endswith(
         "by -0.0100 only; serve the adapter on the base in nf4, or train on model.quantization=none"
     )
+    (warning,) = merge_report._warnings([first, rest[0]], "none")  # training on another base would change nothing
+    assert warning.endswith("only; export it with --dtype fp32, or serve what was trained as it is")
 
 
 def test_other_rows_no_rows_and_no_measurement(small, tmp_path, rows_file, capsys):

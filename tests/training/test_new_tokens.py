@@ -65,6 +65,18 @@ def test_texts_become_one_id(bases):
         Tokenizer.load(bases["llama"], ["a"])
 
 
+def test_texts_that_can_be_no_token(bases, tmp_path):
+    with pytest.raises(ConfigError, match=r"method\.new_tokens.*surrogates not allowed"):
+        build({"model": {"path": "m"}, "method": {"name": "lora", "new_tokens": ["\ud800"]}})
+    folder = shutil.copytree(bases["llama"], tmp_path / "m")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["unk_token"] = None
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"drops '龙' from a text"):
+        Tokenizer.load(folder, ["龙"])
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "bloom"])
 def test_rows_begin_as_the_mean_of_what_the_text_was(bases, kind):
     config = build({"model": {"path": "m"}, "method": {"name": "lora", "new_tokens": list(TEXTS)}}).method

@@ -18,7 +18,8 @@ def check_names(value: object) -> object:
     """A list of texts that are not empty; one text alone is a list of one."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("give a list of names such as [q_proj, v_proj]")
+        raise ValueError("give a list of texts, none of them blank, such as [first, second]")
+    "".join(names).encode()  # a ValueError for halves of characters, which no file could hold
     if len(set(names)) < len(names):
         raise ValueError("a name stands there twice; give each once")
     return tuple(names)

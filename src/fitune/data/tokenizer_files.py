@@ -83,7 +83,7 @@ class TokenizerFiles:
         """The same tokenizer in which each of these texts is one token, with ids after all others.
 
         Raises:
-            ConfigError: one of them is a token already, or the tokenizer takes no more.
+            ConfigError: one of them is a token already, or nothing to it, or the tokenizer takes no more.
         """
         if not texts:
             return self
@@ -95,6 +95,12 @@ class TokenizerFiles:
             raise ConfigError(
                 f"method.new_tokens: {known[0]!r:.60} is a token of {self.folder} already (id "
                 f"{backend.token_to_id(known[0])}); leave it out"
+            )
+        lost = [text for text in texts if not backend.encode(text, add_special_tokens=False).ids]
+        if lost:
+            raise ConfigError(
+                f"method.new_tokens: the tokenizer of {self.folder} drops {lost[0]!r:.60} from a text, so there are no "
+                "tokens whose rows its row could start as; leave it out"
             )
         added = [tokenizers.AddedToken(text, special=False, normalized=False) for text in texts]
         backend.add_tokens(added)

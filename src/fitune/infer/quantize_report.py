@@ -106,6 +106,12 @@ def quantize_report(
     ids_BT = _rows(folder, files)
     chosen = dtype or _dtype_of(raw)
     network, sources, weights = _open(folder, raw, chosen)
+    embedded: int = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # a transformers model
+    if ids_BT is not None and int(ids_BT.max()) >= embedded:
+        raise ConfigError(
+            f"{folder}: the tokenizer gives id {int(ids_BT.max())}, but the model has only {embedded} embedding rows; "
+            "tokenizer and model do not belong together"
+        )
     layers = _walk(network, sources, weights, ids_BT, threshold)
     kinds: dict[str, list[Rounding]] = {}
     for layer in layers:

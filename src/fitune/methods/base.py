@@ -124,10 +124,15 @@ def read_tensors(file: Path) -> Tensors:
 
 
 def check_tensors(file: Path, found: Tensors, needed: Tensors) -> None:
-    """Refuse tensors of other names or shapes than the model's."""
+    """Refuse tensors of other names or shapes than the model's, and two that the model has as one."""
     expected = {name: tensor.shape for name, tensor in needed.items()}
     stored = {name: tensor.shape for name, tensor in found.items()}
     if expected == stored:
+        names: dict[int, str] = {}
+        for name, tensor in needed.items():
+            first = names.setdefault(tensor.data_ptr(), name)
+            if first != name and not torch.equal(found[first], found[name]):
+                raise CheckpointError(f"{file}: {first} and {name} differ, but in this model they are one (tied)")
         return
     odd = sorted(name for name in expected | stored if expected.get(name) != stored.get(name))
     raise CheckpointError(

@@ -47,23 +47,35 @@ def stored_weights(adapter: Path) -> Edits | None:
 def lora_edits(adapter: Path) -> Edits | None:
     """LoRA: W + B A alpha / r, or alpha / √r with rsLoRA; None for its other variants.
 
+    Raises:
+        CheckpointError: the adapter is damaged, or its settings are those of another one.
     Memory: the adapter; an edit needs one fp32 copy of its weight and the fp32 product.
     """
     config, tensors = _read(adapter)
     variants = {key for key, value in config.items() if value and key not in _PLAIN_LORA and (key, value) != _NO_BIAS}
     if variants or config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base
         return None
-    r, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    if not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors):
+        return None
+    r, scale = _rank_and_scale(adapter, config)
     edits: Edits = {}
-    for name, A_RK in tensors.items():
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            return None
-        if name.endswith(".lora_A.weight"):
-            module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-            B_NR = tensors[name.replace(".lora_A.", ".lora_B.")]
-            edits[f"{module}.weight"] = partial(_add_product, A_RK, B_NR, scale)
+    for prefix in dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors):
+        A_RK, B_NR = (tensors.get(f"{prefix}.lora_{part}.weight", torch.empty(0)) for part in "AB")
+        module = prefix.removeprefix(_PREFIX)
+        if A_RK.shape[:1] != (r,) or B_NR.shape[1:] != (r,):
+            raise CheckpointError(f"{adapter}: does not fit {module}: it has no A and B of rank {r} for it")
+        edits[f"{module}.weight"] = partial(_add_product, A_RK, B_NR, scale)
     return edits
+
+
+def _rank_and_scale(adapter: Path, config: dict[str, Any]) -> tuple[int, float]:
+    try:
+        r, alpha = config["r"], config["lora_alpha"]
+        return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{adapter / 'adapter_config.json'}: r and lora_alpha are no rank and scale ({error!r}); it is damaged"
+        ) from error
 
 
 def ia3_edits(adapter: Path) -> Edits | None:
@@ -100,6 +112,6 @@ def _multiply(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     try:
-        return json.loads(config.read_text(encoding="utf-8")), load_file(weights)
-    except (OSError, ValueError, SafetensorError) as error:
+        return dict(json.loads(config.read_text(encoding="utf-8"))), load_file(weights)
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{adapter}: the adapter cannot be read ({error})") from error

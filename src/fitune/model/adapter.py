@@ -76,7 +76,20 @@ NEUTRAL = {
     "tokenizer_kwargs",
     "tokenizer_name_or_path",
 }
+# What the absence of a key means, by our names: releases of PEFT that lacked it, and PEFT's null.
+ABSENT: dict[str, dict[str, Any]] = {
+    "lora": {
+        "r": 8,
+        "alpha": 8,
+        "dropout": 0.0,
+        "rslora": False,
+        "dora": False,
+        "modules_to_save": (),
+        "new_tokens": (),
+    }
+}
 FREE = {"dropout"}  # may be another one from now on
+TIED = ("lm_head", "embed_tokens", "word_embeddings")  # are one tensor where the head is tied
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # starts of LoRA that leave the weights as they are
 
 
@@ -114,7 +127,7 @@ def with_adapter(config: RunConfig, arch: ArchSpec | None) -> RunConfig:
     if path is None:
         return config
     folder, method = find_adapter(path), config.method
-    settings = _settings(folder, method.name)
+    settings = _settings(folder, method.name, arch is not None and arch.tied)
     tree = config.model_dump()
     for key, value in settings.items():
         if key in method.model_fields_set and key not in FREE and not _same(config, arch, key, value):
@@ -129,7 +142,7 @@ def with_adapter(config: RunConfig, arch: ArchSpec | None) -> RunConfig:
     return build(tree)
 
 
-def _settings(folder: Path, name: str) -> dict[str, Any]:
+def _settings(folder: Path, name: str, tied: bool) -> dict[str, Any]:
     stored = _read(folder / CONFIG)
     kind = stored.get("peft_type")
     if name == "ptuning" and kind == "P_TUNING":
@@ -144,9 +157,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
         )
     keys = KEYS.get(name)
     if keys is None:  # fitune's own files
-        recorded = _read(folder / FACTS).get("settings")
-        return dict(recorded) if isinstance(recorded, dict) and name == "freeze" else {}
-    added = _read(folder / FACTS).get("settings", {}).get("new_tokens") if (folder / FACTS).is_file() else None
+        return _recorded(folder) if name == "freeze" else {}
+    added = _recorded(folder).get("new_tokens")
     ours = {"trainable_token_indices"} if added else set()  # the ids of method.new_tokens
     for key, value in stored.items():
         if key not in ours and key not in keys and key not in NEUTRAL and value not in (None, False, "none", [], {}):
@@ -160,7 +172,16 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
             "its base, and those are not stored. Convert it to an ordinary LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    settings = {key: stored[theirs] for theirs, key in keys.items() if stored.get(theirs) is not None}
+    whole = stored.get("modules_to_save")
+    apart = [m for m in whole if str(m).rpartition(".")[2] in TIED] if isinstance(whole, list) else []
+    if tied and apart and not stored.get("ensure_weight_tying"):
+        raise ConfigError(
+            f"method.adapter: {folder} has a {apart[0]} of its own, but embedding and head of this model are one, and "
+            "fitune trains them as one; it cannot continue from this adapter (PEFT: ensure_weight_tying=True makes one "
+            "that fits)"
+        )
+    given = {key: stored[theirs] for theirs, key in keys.items() if stored.get(theirs) is not None}
+    settings = ABSENT.get(name, {}) | given
     if settings.get("target_modules") == "all-linear":
         settings["target_modules"] = "linear"
     elif isinstance(settings.get("target_modules"), str):
@@ -171,6 +192,14 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if added:
         settings["new_tokens"] = tuple(added)
     return settings | ({"projection": False} if name == "prefix" else {})
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The settings of the method that fitune has written beside an adapter of its own."""
+    recorded = _read(folder / FACTS).get("settings", {}) if (folder / FACTS).is_file() else {}
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{folder / FACTS}: `settings` is no JSON object; it is damaged")
+    return recorded
 
 
 def _same(config: RunConfig, arch: ArchSpec | None, key: str, stored: Any) -> bool:

@@ -80,7 +80,7 @@ class MergeReport:
         lines = [f"{self.rows:,} held-out rows, {self.supervised_tokens:,} supervised tokens"]
         lines.append(f"{'':{width}}    loss  KL [nats]  other first choice")
         for model in self.models:
-            lines.append(f"{model.what:{width}}  {model.loss:6.4f}  {model.kl:9.5f}  {model.changed:8.2%}")
+            lines.append(f"{model.what:{width}}  {model.loss:6.4f}  {max(model.kl, 0.0):9.5f}  {model.changed:8.2%}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -128,7 +128,8 @@ def measure(run: Path, merged: Path, rows: Sequence[Row], dtype: str | None = No
         use_int8(model, config.model.int8_compute, config.model.int8_threshold)
         return model
 
-    as_trained = f"adapter on the base in {trained_as}, as trained"
+    whole = parts.method.folder == "model"
+    as_trained = f"{'model' if whole else 'adapter on the base'} in {trained_as}, as trained"
     models = [
         comparison.add(as_trained, lambda device: load(run, device=device.type).model),
         comparison.add(f"merged, {weights_dtype}", lambda device: open_merged(device, "none")),
@@ -140,16 +141,18 @@ def measure(run: Path, merged: Path, rows: Sequence[Row], dtype: str | None = No
         tuple(models),
         len(comparison.rows),
         sum(row.num_supervised for row in comparison.rows),
-        tuple(_warnings(models, str(trained_as))),
+        tuple(_warnings(models, quantization)),
     )
     thresholds = {"loss_limit": LOSS_LIMIT, "kl_limit": KL_LIMIT}
     write_json(merged / FILE, {"run": str(run), **asdict(report), **thresholds})
     return report
 
 
-def _warnings(models: Sequence[Measured], trained_as: str) -> Iterator[str]:
+def _warnings(models: Sequence[Measured], quantization: str) -> Iterator[str]:
     advice = (
-        f"serve the adapter on the base in {trained_as}, or train on model.quantization=none",
+        "export it with --dtype fp32, or serve what was trained as it is"
+        if quantization == "none"
+        else f"serve the adapter on the base in {quantization}, or train on model.quantization=none",
         "serve the merged model as it is, or the adapter on the quantized base",
     )
     for model, what_to_do in zip(models[1:], advice, strict=False):

@@ -25,10 +25,11 @@ from fitune.data.templates import resolve_template
 from fitune.data.tokenizer import Tokenizer
 from fitune.errors import CheckpointError, ConfigError, DivergedError, FituneError, Interrupted
 from fitune.methods import METHODS
+from fitune.methods.base import WEIGHTS, read_tensors
 from fitune.methods.prompts import check_text
 from fitune.model.adapter import check_base, with_adapter
 from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder, with_stored_quantization
-from fitune.model.load import count_parameters, fingerprint, load_base, pick_device, pick_dtype
+from fitune.model.load import count_parameters, identity, load_base, pick_device, pick_dtype
 from fitune.model.quantize import emulation_note, use_int8
 from fitune.plan.arch import ArchSpec
 from fitune.plan.checks import check_run, known_arch
@@ -191,7 +192,8 @@ def _from_adapter(
     adapter: str | None = getattr(config.method, "adapter", None)
     if adapter is None:
         return config, None
-    check_base(Path(adapter), folder, fingerprint(folder, raw.weight_files), must_say=False)
+    check_base(Path(adapter), folder, identity(folder, raw.weight_files), must_say=False)
+    read_tensors(Path(adapter) / WEIGHTS)  # a damaged file is found before the model is read
     return config, Path(adapter)
 
 
