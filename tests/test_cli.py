@@ -15,6 +15,16 @@ def run(capsys, *arguments):
     return code, shown.out, shown.err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["train"], "required: CONFIG\n"), (["plan", "my.yaml", "--lr", "1"], "settings are written section.key=value")],
+)
+def test_what_argparse_refuses(capsys, words, says):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert says in capsys.readouterr().err
+
+
 def test_several_answers_are_told_apart(tiny, capsys):
     common = ("generate", tiny, "--max-new-tokens", 2, "--prompt", "one")
     _, alone, _ = run(capsys, *common)
