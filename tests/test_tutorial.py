@@ -1,4 +1,4 @@
-"""All pages: commands parse, links lead somewhere. The tutorial: configurations plan, tables and pictures are current."""
+"""All pages: commands parse, links lead somewhere. The tutorial: configurations plan, tables and pictures current."""
 
 import re
 import shlex

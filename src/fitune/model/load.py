@@ -191,7 +191,10 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
 def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None:
     """transformers fills missing weights with random numbers; that must never pass for a trained model."""
     missing = sorted(report.get("missing_keys") or ())
-    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
+    mismatched = sorted(
+        f"{name}: {_sizes(stored)} stored, {_sizes(expected)} by config.json"
+        for name, stored, expected in report.get("mismatched_keys") or ()
+    )
     # The class lists what may be tied; whether it is stands in the configuration.
     is_tied = getattr(model.config, "tie_word_embeddings", False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else set()
@@ -200,8 +203,12 @@ def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None
         kind, keys = ("missing", missing) if missing else ("of another shape than config.json says", mismatched)
         raise ConfigError(
             f"{folder}: {len(keys)} weights are {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}); "
-            "the folder is incomplete or belongs to another model"
+            "config.json belongs to another model or files are missing; download the folder again"
         )
+
+
+def _sizes(shape: torch.Size) -> str:
+    return " x ".join(f"{size:,}" for size in shape)
 
 
 def _read_weights(folder: Path, raw: ModelFolder) -> dict[str, torch.Tensor]:
