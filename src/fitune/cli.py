@@ -271,7 +271,7 @@ def _data(options: argparse.Namespace) -> int:
         if key in settings:
             raise ConfigError(f"--set {key}=...: the files are given on the command line: fitune data FILE ...")
     config = build({"model": {"path": options.model}, "data": settings})
-    tokenizer = Tokenizer.load(resolve_folder(options.model, weights=False))
+    tokenizer = Tokenizer.load(resolve_folder(options.model, weights=False, name="--model"))
     report = examine(tuple(options.files), config.data, tokenizer, options.render)
     print(to_json(report) if options.json else render_text(report))
     return DataError.exit_code if report.num_bad_rows else 0
@@ -374,7 +374,7 @@ def _convert(options: argparse.Namespace) -> int:
         from fitune.infer.convert import convert
         from fitune.model.folder import resolve_folder
 
-        convert(resolve_folder(options.source), target)
+        convert(resolve_folder(options.source, name="model"), target)
     print(f"written: {target}")
     return 0
 

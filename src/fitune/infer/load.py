@@ -183,7 +183,7 @@ def load(
     if (run / CONFIG).is_file() and not (run / "config.json").is_file():
         raise _is_adapter(run)
     where = pick_device(device)
-    folder = resolve_folder(str(path))
+    folder = resolve_folder(str(path), name="run or model")
     base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")
     tokenizer = Tokenizer.load(folder)
     return Loaded(base.model, tokenizer, resolve_template("auto", tokenizer), where, base, None, None)
