@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fitune.config import RunConfig, load
-from fitune.errors import ConfigError
 from fitune.plan.arch import ArchSpec, read_arch
 from fitune.plan.memory import plan_memory
 from fitune.plan.params import count
@@ -91,11 +90,8 @@ def memory_table(columns: Sequence[str]) -> list[str]:
 
 
 def _peak(name: str, settings: Sequence[str]) -> str:
-    try:
-        config, arch = read(name, settings)
-        plan = plan_memory(arch, config, "no data")
-    except ConfigError:  # prefix tuning with recomputation, on the plain path
-        return "-"
+    config, arch = read(name, settings)
+    plan = plan_memory(arch, config, "no data")
     return f"{'' if plan.plain_reason is None else '≥ '}{plan.peak_bytes / 1e9:.2f}"
 
 

@@ -15,6 +15,30 @@ def run(capsys, *arguments):
     return code, shown.out, shown.err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["train"], "required: CONFIG\n"), (["plan", "my.yaml", "--lr", "1"], "settings are written section.key=value")],
+)
+def test_what_argparse_refuses(capsys, words, says):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("generate /none --prompt a", "run or model"),
+        ("data rows.jsonl --model /none", "--model"),
+        ("convert /none /to", "model"),
+    ],
+)
+def test_what_is_not_there_has_the_name_it_was_given_by(capsys, words, name):
+    code, _, error = run(capsys, *words.split())
+    assert code == 2
+    assert error.startswith(f"fitune: {name} '/none': no such folder")
+
+
 def test_several_answers_are_told_apart(tiny, capsys):
     common = ("generate", tiny, "--max-new-tokens", 2, "--prompt", "one")
     _, alone, _ = run(capsys, *common)

@@ -59,9 +59,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     odd = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
     if odd:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+        how = "; settings are written section.key=value" if hasattr(options, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(odd)}{how}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -77,24 +78,22 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a configuration")
     train.add_argument("config", metavar="CONFIG", help="YAML file")
-    _overrides(train)
+    _settings(train)
+    train.add_argument("--quiet", action="store_true", help="print errors only")
     train.add_argument("--replace", action="store_true", help="remove an earlier run in the same folder first")
     train.set_defaults(command=_train)
 
     resume = commands.add_parser("resume", help="continue a stopped run")
     resume.add_argument("run", metavar="RUN", help="run folder")
-    _overrides(resume)
+    _settings(resume)
+    resume.add_argument("--quiet", action="store_true", help="print errors only")
     resume.set_defaults(command=_resume)
 
-    for name, command, does in (
-        ("params", _params, "count trained and all parameters"),
-        ("plan", _plan, "predict memory by part, before any weight is read"),
-    ):
+    predicts = "predict memory by part, before any weight is read"
+    for name, command, does in (("params", _params, "count trained and all parameters"), ("plan", _plan, predicts)):
         planned = commands.add_parser(name, help=does)
         planned.add_argument("config", metavar="CONFIG", help="YAML file")
-        planned.add_argument(
-            "overrides", nargs="*", metavar="section.key=value", help="settings over those of the file"
-        )
+        _settings(planned)
         planned.add_argument("--json", action="store_true", help="print JSON")
         planned.set_defaults(command=command)
 
@@ -164,9 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
+def _settings(parser: argparse.ArgumentParser) -> None:
+    does = "settings that replace others: train.learning_rate=1e-4"
+    # Without a default, argparse says that they are required.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=does)
 
 
 def _count(text: str) -> int:
@@ -271,7 +271,7 @@ def _data(options: argparse.Namespace) -> int:
         if key in settings:
             raise ConfigError(f"--set {key}=...: the files are given on the command line: fitune data FILE ...")
     config = build({"model": {"path": options.model}, "data": settings})
-    tokenizer = Tokenizer.load(resolve_folder(options.model, weights=False))
+    tokenizer = Tokenizer.load(resolve_folder(options.model, weights=False, name="--model"))
     report = examine(tuple(options.files), config.data, tokenizer, options.render)
     print(to_json(report) if options.json else render_text(report))
     return DataError.exit_code if report.num_bad_rows else 0
@@ -374,7 +374,7 @@ def _convert(options: argparse.Namespace) -> int:
         from fitune.infer.convert import convert
         from fitune.model.folder import resolve_folder
 
-        convert(resolve_folder(options.source), target)
+        convert(resolve_folder(options.source, name="model"), target)
     print(f"written: {target}")
     return 0
 

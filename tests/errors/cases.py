@@ -310,7 +310,7 @@ MODELS = (
     _model("weights that run code", "it wants to run", _evil_bin),
     _model("a shard is missing", "weight files are missing", lambda f: (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')),
-    _model("weights of another shape", "of another shape than config.json says", lambda f: _edit_json(f / "config.json", intermediate_size=80)),
+    _model("weights of another shape", "down_proj.weight: 64 x 96 stored, 64 x 80 by config.json", lambda f: _edit_json(f / "config.json", intermediate_size=80)),
     _model("no tokenizer", "tokenizer", lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")]),
     _model("damaged tokenizer", "tokenizer", lambda f: (f / "tokenizer.json").write_text("{")),
     _model("tokenizer larger than the model", "do not belong together",
@@ -346,7 +346,9 @@ PLANS = (
     _plan("a size is no number", "`num_hidden_layers` is 'two'", {"num_hidden_layers": "two"}),
     _plan("heads that cannot share keys", "cannot share 3", {"num_key_value_heads": 3}),
     _plan("the engine where it cannot run", "hidden_act 'gelu'", {"hidden_act": "gelu"}, 2, "train.path=fast"),
-    _plan("more memory than the budget", "The largest part is", {}, 4, "memory.budget=0.5", "train.device=cuda"),
+    _plan(
+        "more memory than the budget", "offload it still takes 0.87 GB", {}, 4, "memory.budget=0.5", "train.device=cuda"
+    ),
     _plan("a row longer than the model's positions", "256 positions", {}, 2, "data.max_length=1000"),
     _plan("rows that training would refuse", "bad.jsonl:1", {}, 3, "data.train=ROWS"),
 )

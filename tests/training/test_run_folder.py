@@ -1,6 +1,7 @@
 """Run folders: made whole or not at all, one writer, every change survives a kill and a full disk."""
 
 import errno
+import importlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from faults import every_failure, every_kill, fail_at, failing, in_child, names_in, touching
-from fitune.errors import CheckpointError, ConfigError
+from fitune.errors import CheckpointError, ConfigError, MissingDependencyError
 from fitune.training.run_folder import RunFolder
 
 HOLD = """
@@ -478,3 +479,10 @@ def test_two_processes_making_one_run_make_it_once(fresh, tmp_path):
         RunFolder.create(place / "x", "seed: 1\n")
     assert whole(place / "x") == "seed: 2\n"
     assert names_in(place) == []
+
+
+def test_windows_is_told_what_to_use(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delitem(sys.modules, "fitune.training.run_folder")
+    with pytest.raises(MissingDependencyError, match="WSL2"):
+        importlib.import_module("fitune.training.run_folder")

@@ -60,7 +60,8 @@ class IceText:
         try:
             import sentencepiece
         except ImportError as error:
-            raise MissingDependencyError(f"{name}: pip install sentencepiece (fitune[chatglm])") from error
+            install = "pip install 'sentencepiece>=0.2,<0.3'"
+            raise MissingDependencyError(f"{name}: reading it needs sentencepiece: {install}") from error
         self._model: Any = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model_file)

@@ -45,7 +45,7 @@ def quantize_folder(source: str, target: Path, quantization: str, dtype: str | N
     if quantization not in FORMATS:
         raise ConfigError(f"--quantization is {quantization}; allowed: {', '.join(FORMATS)}")
     check_free(target, "DST")
-    folder = resolve_folder(source)
+    folder = resolve_folder(source, name="model")
     raw = inspect_folder(folder)
     if raw.quantization != "none":
         raise ConfigError(f"{folder} holds weights in {raw.quantization} already; give the 16- or 32-bit model")

@@ -183,7 +183,7 @@ def load(
     if (run / CONFIG).is_file() and not (run / "config.json").is_file():
         raise _is_adapter(run)
     where = pick_device(device)
-    folder = resolve_folder(str(path))
+    folder = resolve_folder(str(path), name="run or model")
     tokenizer = Tokenizer.load(folder)
     template = resolve_template("auto", tokenizer)
     base = _open(folder, pick_dtype(dtype, where), where, quantization, "none")

@@ -99,7 +99,7 @@ def quantize_report(
     """
     if not 0 <= threshold <= 65504:
         raise ConfigError(f"--threshold is {threshold:g}; allowed: 0 to 65504")
-    folder = resolve_folder(model)
+    folder = resolve_folder(model, name="model")
     raw = inspect_folder(folder)
     if raw.quantization != "none":
         raise ConfigError(f"{folder} holds weights in {raw.quantization}; the report needs the 16- or 32-bit model")

@@ -50,11 +50,12 @@ def embedded_path() -> Path:
     return Path(__file__).parent.parent / "embedded"
 
 
-def resolve_folder(path: str, *, weights: bool = True) -> Path:
+def resolve_folder(path: str, *, weights: bool = True, name: str = "model.path") -> Path:
     """Local folder of `embedded`, of a local path, or of a hub id (downloaded if needed).
 
     Args:
         weights: False downloads configuration and tokenizer only.
+        name: what the user calls `path`, for messages.
 
     Raises:
         ConfigError: neither a folder nor a hub id that can be had.
@@ -69,20 +70,20 @@ def resolve_folder(path: str, *, weights: bool = True) -> Path:
         is_folder = None
     except (OSError, ValueError, RuntimeError) as error:  # too long, no permission; a NUL; ~ of an unknown user
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"model.path {path[:100]!r}: cannot be looked up ({reason}); give another path") from error
+        raise ConfigError(f"{name} {path[:100]!r}: cannot be looked up ({reason}); give another path") from error
     if is_folder:
         return local
     if is_folder is False:
-        raise ConfigError(f"model.path {path!r} is a file; give the folder that holds config.json and the weights")
+        raise ConfigError(f"{name} {path!r} is a file; give the folder that holds config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir():
         raise ConfigError(
-            f"model.path {path!r}: no such folder. Give an existing folder, a hub id like "
+            f"{name} {path!r}: no such folder. Give an existing folder, a hub id like "
             "meta-llama/Llama-3.2-1B, or `embedded`"
         )
-    return _from_hub(path, weights)
+    return _from_hub(path, weights, name)
 
 
-def _from_hub(repo: str, weights: bool) -> Path:
+def _from_hub(repo: str, weights: bool, name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -91,11 +92,11 @@ def _from_hub(repo: str, weights: bool) -> Path:
         if weights and not any(folder.glob("*.safetensors")):  # an old repository: only then fetch .bin files
             folder = Path(snapshot_download(repo, allow_patterns=[*HUB_PATTERNS, "pytorch_model*.bin"]))
     except (HFValidationError, ValueError) as error:
-        raise ConfigError(f"model.path {repo[:100]!r} is neither a folder nor a valid hub id") from error
+        raise ConfigError(f"{name} {repo[:100]!r} is neither a folder nor a valid hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"model.path {repo!r} is no local folder, and the hub did not give it ({reason:.200}). Check the name, the "
+            f"{name} {repo!r} is no local folder, and the hub did not give it ({reason:.200}). Check the name, the "
             "network (HF_ENDPOINT selects a mirror) and, for gated models, `hf auth login`"
         ) from error
     return folder

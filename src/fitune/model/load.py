@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -205,7 +205,7 @@ def _check_shapes(folder: Path, raw: ModelFolder) -> None:
     wanted.setdefault("lm_head.weight", (arch.vocab, arch.hidden))  # tied, it may be in the files as well
     prefix = arch.block.partition(".")[0] + "."  # files of a model without its head lack it
     odd = [
-        f"{name} is {list(shape)}, not {list(needed)}"
+        _differs(name, shape, needed)
         for name, shape in shapes.items()
         if (needed := wanted.get(name) or wanted.get(prefix + name)) not in (None, tuple(shape))
     ]
@@ -217,7 +217,7 @@ def _belongs_elsewhere(folder: Path, kind: str, keys: list[str]) -> ConfigError:
     count = "1 weight is" if len(keys) == 1 else f"{len(keys)} weights are"
     return ConfigError(
         f"{folder}: {count} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}); "
-        "the folder is incomplete or belongs to another model"
+        "config.json belongs to another model or files are missing; download the folder again"
     )
 
 
@@ -227,7 +227,7 @@ def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None
     Surplus are blocks beyond the last, and biases of layers without; what stands beside the model is of no account.
     """
     missing = sorted(report.get("missing_keys") or ())
-    mismatched = [f"{name} is {list(got)}, not {list(want)}" for name, got, want in report.get("mismatched_keys") or ()]
+    mismatched = [_differs(name, stored, wanted) for name, stored, wanted in report.get("mismatched_keys") or ()]
     layers = {_layer(name) for name in model.state_dict()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     surplus = [key for key in report.get("unexpected_keys") or () if {_layer(key), prefix + _layer(key)} & layers]
@@ -247,6 +247,11 @@ def check_report(folder: Path, model: nn.Module, report: dict[str, Any]) -> None
 def _layer(name: str) -> str:
     """The layer of a weight, whatever the number of its block."""
     return re.sub(r"\.\d+\.", ".{}.", name).rpartition(".")[0]
+
+
+def _differs(name: str, stored: Sequence[int], wanted: Sequence[int]) -> str:
+    found, expected = (" x ".join(f"{size:,}" for size in shape) for shape in (stored, wanted))
+    return f"{name}: {found} stored, {expected} by config.json"
 
 
 def _read_weights(folder: Path, raw: ModelFolder) -> dict[str, torch.Tensor]:

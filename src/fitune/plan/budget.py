@@ -59,16 +59,18 @@ def _advice(plan: MemoryPlan, config: RunConfig, lengths: Lengths | str) -> str:
             if changed is not None and needed(changed) <= budget:
                 return f"{key}={_shown(value)} brings it to {_gb(needed(changed))}"
     together: list[str] = []
-    current = config
+    current, least = config, (plan.device_bytes, "")
     for keys in _levers(config):
         usable = [(key, value, new) for key, value in keys if (new := _changed(current, plan.job.arch, key, value))]
         if not usable:
             continue
         key, value, current = usable[-1]
         together.append(f"{key}={_shown(value)}")
-        if needed(current) <= budget:
-            return f"No single setting is enough; {' '.join(together)} brings it to {_gb(needed(current))}"
-    how = f"; with {' '.join(together)} it still takes {_gb(needed(current))}" if together else ""
+        taken = needed(current)
+        if taken <= budget:
+            return f"No single setting is enough; {' '.join(together)} brings it to {_gb(taken)}"
+        least = min(least, (taken, " ".join(together)))  # quantizing a tiny model takes more, not less
+    how = f"; with {least[1]} it still takes {_gb(least[0])}" if least[1] else ""
     return f"No setting of this release makes it fit{how}. Raise memory.budget or take a smaller model"
 
 

@@ -134,6 +134,6 @@ def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
         assumed = "fp32 on CPU" if config.train.device == "cpu" else "bf16, as on a GPU that has it"
         yield f"model.dtype is not set: planned as {assumed}"
     if not job.hardware.measured:
-        yield f"context and workspaces are the largest known for {job.hardware.name}, not measured"
+        yield f"CUDA context and cuBLAS workspaces are planned as on {job.hardware.name}, which takes the most known"
     if config.memory.budget is not None and config.train.device == "cpu":
         yield "memory.budget has no effect on CPU"

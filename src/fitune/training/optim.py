@@ -247,7 +247,8 @@ def _build_adam(groups: list[dict[str, Any]], config: TrainConfig) -> torch.opti
         bitsandbytes = import_bitsandbytes()
     except ImportError as error:
         raise MissingDependencyError(
-            "train.optimizer=adamw8bit needs bitsandbytes: pip install 'fitune[bnb]', or use train.optimizer=adamw"
+            "train.optimizer=adamw8bit needs bitsandbytes: pip install 'bitsandbytes>=0.50,<0.51', or use "
+            "train.optimizer=adamw"
         ) from error
     return bitsandbytes.optim.AdamW8bit(groups, **settings)  # type: ignore[no-any-return]
 

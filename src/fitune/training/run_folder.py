@@ -10,7 +10,6 @@ It is the interface between training and everything after it. Try it:
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -21,8 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fitune.errors import CheckpointError, ConfigError
+from fitune.errors import CheckpointError, ConfigError, MissingDependencyError
 from fitune.infer.disk import make_parents, preflight, recover, replace_folder, sync, write_atomic, writing
+
+try:
+    import fcntl
+except ImportError as error:
+    raise MissingDependencyError("training locks its run folder by fcntl, which Windows lacks; use WSL2") from error
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
