@@ -181,6 +181,18 @@ def test_a_tied_head_that_was_trained_apart_is_refused(tree, tmp_path, tiny_qwen
             METHODS["lora"].load(model, tmp_path / "peft")
 
 
+def test_the_same_parameters_in_other_words(tree, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "FREEZE"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    recorded = {"num_layers": None, "patterns": [], "also": ["head", "norm"]}
+    (tmp_path / "fitune.json").write_text(json.dumps({"settings": recorded}))
+    tree["method"] = {"name": "freeze", "adapter": str(tmp_path), "num_layers": 2, "also": ["norm", "head"]}
+    assert with_adapter(build(tree), None).method.num_blocks == 2
+    tree["method"]["num_layers"] = 1
+    with pytest.raises(ConfigError, match="num_layers is 1, but the adapter in .* has 2"):
+        with_adapter(build(tree), None)
+
+
 def test_a_converted_base_is_the_base(tree, tmp_path, tiny):
     tree["train"]["max_steps"] = 1
     tree["method"]["adapter"] = str(run.train(build(tree), quiet=True).run)

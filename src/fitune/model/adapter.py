@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fitune.config import LoraConfig, RunConfig, build
+from fitune.config import FreezeConfig, LoraConfig, RunConfig, build
 from fitune.errors import CheckpointError, ConfigError
 from fitune.plan.arch import ArchSpec
 from fitune.plan.params import adapted, trainable
@@ -157,7 +157,10 @@ def _settings(folder: Path, name: str, tied: bool) -> dict[str, Any]:
         )
     keys = KEYS.get(name)
     if keys is None:  # fitune's own files
-        return _recorded(folder) if name == "freeze" else {}
+        recorded = _recorded(folder) if name == "freeze" else {}
+        if recorded:  # what null stands for depends on the patterns
+            recorded["num_layers"] = FreezeConfig.model_construct(**recorded).num_blocks
+        return recorded
     added = _recorded(folder).get("new_tokens")
     ours = {"trainable_token_indices"} if added else set()  # the ids of method.new_tokens
     for key, value in stored.items():
@@ -207,6 +210,8 @@ def _same(config: RunConfig, arch: ArchSpec | None, key: str, stored: Any) -> bo
     method = config.method
     given = getattr(method, key)
     if not isinstance(given, str | tuple) or key not in ("target_modules", "modules_to_save", "feedforward_modules"):
+        if key in ("patterns", "also"):
+            return set(given) == set(stored)
         return bool(given == stored) or (isinstance(given, tuple) and list(given) == stored)
     if arch is None:
         return isinstance(given, str) or set(given) == set(stored)
