@@ -93,12 +93,12 @@ def test_a_head_of_its_own_that_is_missing_is_missing(copy):
 
 def test_weights_of_another_shape_are_refused(copy, tiny_qwen):
     edit(copy, intermediate_size=80)
-    with pytest.raises(ConfigError, match=r"6 weights are .*mlp.down_proj.weight: 64 x 96 stored, 64 x 80 by config.json"):
+    with pytest.raises(ConfigError, match=r"6 weights .*down_proj.weight: 64 x 96 stored, 64 x 80 by config.json"):
         load_base(copy, "fp32", CPU)
     # Of two tied weights in the files, transformers compares the values, which are gone by then.
     shutil.copyfile(tiny_qwen / "config.json", copy / "config.json")
     edit(copy, vocab_size=130)
-    with pytest.raises(ConfigError, match=r"lm_head.weight is \[128, 64\], not \[130, 64\]"):
+    with pytest.raises(ConfigError, match="lm_head.weight: 128 x 64 stored, 130 x 64 by"):
         load_base(copy, "fp32", CPU)
 
 
