@@ -117,7 +117,8 @@ def main() -> None:
             (f"The demo after {options.steps} steps, merged in bf16", merging(options.steps, Path(folder))),
             ("Milliseconds of one product, 2048 x 2048, one thread, best of nine", products()),
         ]
-    where = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    release = torch.__version__.partition("+")[0]
+    where = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, torch {release}"
     made = f"Made by `python scripts/measure_quantization.py --steps {options.steps}` on {where}."
     text = "\n\n".join([f"## {title}\n\n" + "\n".join(lines) for title, lines in sections])
     options.to.write_text(f"# Quantization on CPU\n\n{made}\n\n{text}\n", encoding="utf-8")

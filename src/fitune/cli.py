@@ -356,9 +356,9 @@ def _export(options: argparse.Namespace) -> int:
         return 0
     if files:
         raise ConfigError("--data names rows to measure merging on, but nothing will be measured; leave it out")
-    from fitune.infer.export import export
+    from fitune.infer.export import base_note, export
 
-    print(f"written: {export(run, target, form=options.form, dtype=options.dtype)}")
+    print(f"written: {export(run, target, form=options.form, dtype=options.dtype)}{base_note(run, options.form)}")
     return 0
 
 

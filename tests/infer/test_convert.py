@@ -145,7 +145,7 @@ def configuration(base, folder, rows_file, method, **train):
 
 
 @pytest.mark.parametrize("method", [{"name": "lora", "r": 4, "target_modules": "linear"}, {"name": "bitfit"}])
-def test_adapters_of_the_original_folder_fit_the_converted_one(original, rows_file, tmp_path, method):
+def test_adapters_of_the_original_folder_fit_the_converted_one(original, rows_file, tmp_path, method, capsys):
     glm = convert(original, tmp_path / "glm")
     assert Tokenizer.load(original).hash == Tokenizer.load(glm).hash
     run.train(configuration(original, tmp_path / "run", rows_file, method), quiet=True)
@@ -161,6 +161,10 @@ def test_adapters_of_the_original_folder_fit_the_converted_one(original, rows_fi
         assert torch.equal(logits, answered.model(input_ids=ids).logits)
         assert not torch.equal(logits, fitune.load(glm, device="cpu").model(input_ids=ids).logits)
     assert asked.generate("say 3", max_new_tokens=4) == answered.generate("say 3", max_new_tokens=4)
+    if method["name"] == "lora":
+        for folder, noted in ((tmp_path / "run", True), (moved, False)):
+            assert cli.main(["export", str(folder), "--to", str(tmp_path / f"{noted}"), "--form", "adapter"]) == 0
+            assert (f"fitune convert {original} DST" in capsys.readouterr().out) == noted
     assert run.resume(moved, ["train.max_steps=8"], quiet=True).step == 8
 
 

@@ -22,6 +22,7 @@ from fitune.infer.load import RunParts, load, run_parts
 from fitune.infer.merge import merge_files
 from fitune.methods import METHODS
 from fitune.methods.base import CONFIG, write_json
+from fitune.model.folder import inspect_folder
 from fitune.model.load import pick_dtype
 
 FORMS = ("merged", "adapter")
@@ -61,6 +62,17 @@ def export(run: Path, target: Path, *, form: str = "merged", dtype: str | None =
 
     new_folder(target, fill)
     return target
+
+
+def base_note(run: Path, form: str) -> str:
+    """What to do before other programs load an exported adapter: a line where its base runs in fitune alone."""
+    folder = run_parts(run).folder
+    if form != "adapter" or inspect_folder(folder).original is None:
+        return ""
+    return (
+        f"\nnote: other programs cannot load {folder} without its own code: `fitune convert {folder} DST` writes "
+        "the same base as an ordinary GLM folder, which the adapter fits"
+    )
 
 
 def _check_form(run: Path, form: str) -> None:
