@@ -50,8 +50,10 @@ def learn(family: str, method: str, precision: str, models: str, device: str, up
     folder = make(family, Path(models))
     config, rows = ours.config_of(work, folder, device, extra), made_up_rows(64, 384, model_config(folder))
     run = ours.assemble(config, folder, rows)
+    rate = config.train.learning_rate
+    assert rate is not None, "the method's own"
     plan, losses = StepPlan([row.num_tokens for row in rows], config.train), []
     for number in range(updates):
         batches = micro_batches([rows[i] for i in plan.step(number).rows], config.data, config.train, 0)
-        losses.append(ours.update(run, list(batches), config.train.learning_rate or 0.0)[0])
+        losses.append(ours.update(run, list(batches), rate)[0])
     return {"path": type(run.path).__name__, "note": run.note, "losses": losses, **peaks()}

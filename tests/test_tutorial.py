@@ -139,3 +139,15 @@ def test_links_lead_somewhere(page):
         place = page.parent / target if target else page
         assert place.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(place), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+def test_times_and_peaks_were_measured(page):
+    """Each row of the README's table is a cell of docs/results, rounded."""
+    told = re.findall(r"\| (\d+(?:\.\d)?) ms \| ([\d.]+) GB \|", page.read_text(encoding="utf-8"))
+    results = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "results").glob("*.md"))
+    found = re.findall(r"([\d.]+) \([\d.]+\) ms, ([\d.]+)/", results)
+    assert len(told) == 4
+    for ms, gb in told:
+        digits = len(ms.partition(".")[2])
+        assert any(f"{float(t):.{digits}f}" == ms and m == gb for t, m in found), (ms, gb)
