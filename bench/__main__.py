@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, curves, families, plan, rows, step, sweep, table, tasks
+from bench import cpu, curves, families, plan, profile, rows, step, sweep, table, tasks
 from bench.children import Runner
 from bench.models import SHAPES
 from bench.work import DEFAULT_ROWS, STACKS, WORKS
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("cpu", parents=[common], help="the demo's steps on CPU, both paths in turns")
     demo.add_argument("--pairs", type=int, default=40, help="timed updates of each path")
     demo.add_argument("--paths", type=_listed(("plain", "fast", "default")), default=["fast", "plain"])
+    kernels = commands.add_parser("profile", parents=[common], help="where the time of fitune's step goes")
+    kernels.add_argument("--rows", type=_listed(WORKS), default=["1b", "8b"], help=f"of {','.join(WORKS)}")
     commands.add_parser("gemm", parents=[common], help="the GPU's ceilings")
     make = commands.add_parser("models", parents=[common], help="make the random models")
     make.add_argument("names", type=_listed(SHAPES), nargs="?", default=list(SHAPES), help=f"of {','.join(SHAPES)}")
@@ -80,6 +82,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {' and '.join(rows.FILES)}")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Llama-3 tokenizer")
     parser.add_argument("--updates", type=_numbers(int), default=list(rows.STEPS), help="rows per update: 32,2")
+    parser.add_argument("--against-plain", type=int, metavar="N", help="also N updates on each of fitune's two paths")
     parser.add_argument("--stacks", type=_listed(STACKS), default=list(STACKS), help=f"of {','.join(STACKS)}")
 
 
@@ -119,7 +122,10 @@ def _step(runner: Runner, options: argparse.Namespace) -> None:
 
 
 def _rows(runner: Runner, options: argparse.Namespace) -> None:
-    rows.run(runner, options.data, options.tokenizer, options.models, options.updates, options.stacks)
+    where = (options.data, options.tokenizer, options.models)
+    rows.run(runner, *where, options.updates, options.stacks)
+    if options.against_plain:
+        rows.both_paths(runner, *where, options.against_plain)
 
 
 def _sweep(runner: Runner, options: argparse.Namespace) -> None:
@@ -144,6 +150,10 @@ def _cpu(runner: Runner, options: argparse.Namespace) -> None:
     cpu.run(runner, options.pairs, options.paths)
 
 
+def _profile(runner: Runner, options: argparse.Namespace) -> None:
+    profile.run(runner, options.rows, options.models)
+
+
 def _gemm(runner: Runner, options: argparse.Namespace) -> None:
     runner.run("gemm", {}, {"kind": "gemm"})
 
@@ -162,6 +172,7 @@ COMMANDS: dict[str, Callable[[Runner, argparse.Namespace], None]] = {
     "curves": _curves,
     "families": _families,
     "cpu": _cpu,
+    "profile": _profile,
     "gemm": _gemm,
     "models": _models,
 }

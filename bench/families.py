@@ -45,8 +45,10 @@ def learn(family: str, method: str, precision: str, models: str, device: str, up
     work = Work("", "", family, 4, 512, method=method, quantization=precision, checkpointing=True)
     train = {"max_steps": updates, "global_batch_rows": 8, "schedule": "constant", "learning_rate": None}
     extra: dict[str, dict[str, Any]] = {"train": train}
-    if method == "freeze":
+    if method == "freeze":  # the last two blocks
         extra["method"] = {"num_layers": 2}
+    if method == "prefix":  # as usual it starts from tokens of a tokenizer, and these have none worth the name
+        extra["method"] = {"init": "random"}
     folder = make(family, Path(models))
     config, rows = ours.config_of(work, folder, device, extra), made_up_rows(64, 384, model_config(folder))
     run = ours.assemble(config, folder, rows)

@@ -28,6 +28,7 @@ from fitune.methods import METHODS
 from fitune.model.load import count_parameters, load_base, pick_device
 from fitune.training.choose import choose_path, optimizer_for
 from fitune.training.limits import set_up_device
+from fitune.training.loop import seed_generators
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import Path as ModelPath
 
@@ -140,7 +141,7 @@ def gradients(run: Assembled, batches: Sequence[Batch]) -> tuple[float, float]:
     num_supervised = sum(batch.num_supervised for batch in batches)
     loss_sum = torch.zeros((), device=run.device)
     for micro, batch in enumerate(batches):
-        torch.manual_seed(micro)
+        seed_generators(micro, run.device)
         loss_sum += run.path.loss_and_grad(batch, 1.0 / num_supervised)
     norm = torch.nn.utils.get_total_norm(run.optimizer.gradients()).to(run.device)
     both: list[float] = torch.stack([norm.float(), loss_sum / num_supervised]).tolist()

@@ -43,8 +43,7 @@ def run(
     unknown = [rows for rows in updates if rows not in STEPS]
     if unknown:
         raise SystemExit(f"--updates {unknown[0]}: allowed are {', '.join(map(str, STEPS))}")
-    folder = with_tokenizer(runner.make_model("llama-3.2-1b", models), tokenizer.absolute())
-    common: dict[str, Any] = {"folder": str(folder), "data": str(data.absolute())}
+    common = _common(runner, data, tokenizer, models)
     for rows in updates:
         for stack, layout in TRAINERS:
             if stack not in stacks:
@@ -59,16 +58,46 @@ def run(
                 runner.run("peer_rows", common | more, labels)
 
 
-def ours(folder: str, data: str, rows: int, out: str, steps: int | None = None, device: str = "cuda") -> dict[str, Any]:
+def both_paths(runner: Runner, data: Path, tokenizer: Path, models: Path, steps: int) -> None:
+    """The same rows, 32 an update, through `fitune train` with `train.path` plain and fast; every loss is recorded."""
+    common = _common(runner, data, tokenizer, models)
+    for path in ("plain", "fast"):
+        labels = {"kind": "rows-path", "path": path, "updates": steps}
+        if runner.time_is_up():
+            runner.record(labels | {"status": "not started: time is up"})
+            continue
+        more = {"rows": 32, "out": str(runner.out / f"rows-{path}"), "steps": steps, "path": path}
+        runner.run("ours_rows", common | more, labels)
+
+
+def _common(runner: Runner, data: Path, tokenizer: Path, models: Path) -> dict[str, Any]:
+    """Arguments of every measurement."""
+    folder = with_tokenizer(runner.make_model("llama-3.2-1b", models), tokenizer.absolute())
+    return {"folder": str(folder), "data": str(data.absolute())}
+
+
+def ours(
+    folder: str,
+    data: str,
+    rows: int,
+    out: str,
+    steps: int | None = None,
+    device: str = "cuda",
+    path: str | None = None,
+) -> dict[str, Any]:
     """Train with the real `fitune train` and watch its metrics.jsonl grow.
 
     Args:
         steps: optimizer steps; None: `STEPS[rows]`.
+        path: `train.path`, and the loss of every update is returned; None: fitune's choice, first and last loss.
     """
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     file = target / "run.yaml"  # JSON is YAML
-    file.write_text(json.dumps(config(folder, data, rows, steps or STEPS[rows], device)), encoding="utf-8")
+    tree = config(folder, data, rows, steps or STEPS[rows], device)
+    if path is not None:
+        tree["train"]["path"] = path
+    file.write_text(json.dumps(tree), encoding="utf-8")
     shutil.rmtree(target / "run", ignore_errors=True)  # an earlier run's rows would look like ours
     command = [sys.executable, "-c", COMMAND, "train", str(file), f"output.dir={target / 'run'}"]
     metrics = target / "run" / "metrics.jsonl"
@@ -81,7 +110,7 @@ def ours(folder: str, data: str, rows: int, out: str, steps: int | None = None, 
     return _rates(lines, arrivals, started, ended) | {
         "allocated_bytes": result["peak_memory_bytes"],
         "note": next((line for line in words.splitlines() if " path: " in line), ""),
-        "losses": [line["loss"] for line in (lines[0], lines[-1])],
+        "losses": [line["loss"] for line in (lines if path else (lines[0], lines[-1]))],
     }
 
 

@@ -39,6 +39,36 @@ def rows_section(records: Sequence[Record]) -> str:
     return "## Real rows\n\n" + table(head, lines)
 
 
+def rows_path_section(records: Sequence[Record]) -> str:
+    """Real rows through `fitune train` on both paths."""
+    found = newest(records, "path")
+    lines = []
+    for (path,), record in found.items():
+        if record["status"] != "ok":
+            lines.append([path, failure(record), *["-"] * 4])
+            continue
+        losses, plain = record["losses"], found.get(("plain",), {"status": "absent"})
+        apart = ["-", "-"] if path == "plain" or plain["status"] != "ok" else _apart(losses, plain["losses"])
+        speed = [f"{record['real_tokens_per_second']:,}", f"{record['allocated_bytes'] / GB:.2f}"]
+        lines.append([path, f"{losses[0]:.4f} -> {losses[-1]:.4f}", *apart, *speed])
+    head = ["path", "loss, first -> last", "largest deviation from plain", "mean deviation", "real tokens/s", "peak GB"]
+    updates = records[-1]["updates"]
+    return f"## Real rows through `fitune train`, {updates} updates of 32, both paths\n\n" + table(head, lines)
+
+
+def profile_section(records: Sequence[Record]) -> str:
+    """What the GPU's time of one step is spent on."""
+    lines = []
+    for (row,), record in newest(records, "row").items():
+        if record["status"] != "ok":
+            lines.append([f"`{row}`", failure(record), "-", "-"])
+            continue
+        parts = ", ".join(f"{name} {ms:.1f}" for name, ms in record["parts"].items())
+        lines.append([f"`{row}`", f"{record['span_ms']:.1f}", f"{record['gpu_ms']:.1f}", parts])
+    head = ["work", "first to last kernel, ms", "sum of kernels, ms", "parts, ms"]
+    return "## Kernels of one step (under the profiler)\n\n" + table(head, lines)
+
+
 def sweep_section(records: Sequence[Record]) -> str:
     """fitune over lengths and micro-batch sizes."""
     lines = []

@@ -9,7 +9,16 @@ from pathlib import Path
 from bench.gemm import rate_for
 from bench.goals import GOALS
 from bench.markdown import GB, Record, failure, newest, ratio, table
-from bench.sections import cpu_section, curve_section, family_section, fit_section, rows_section, sweep_section
+from bench.sections import (
+    cpu_section,
+    curve_section,
+    family_section,
+    fit_section,
+    profile_section,
+    rows_path_section,
+    rows_section,
+    sweep_section,
+)
 from bench.work import STACKS, WORKS
 
 TITLE = "# Measurements\n\nMade with `python -m bench`; what is measured and what the columns mean: bench/README.md."
@@ -114,7 +123,9 @@ def _detail(key: str, stack: str, record: Record, gemms: Sequence[Record]) -> li
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "gemm": gemm_section,
     "step": step_section,
+    "profile": profile_section,
     "rows": rows_section,
+    "rows-path": rows_path_section,
     "sweep": sweep_section,
     "fit": fit_section,
     "curve": curve_section,

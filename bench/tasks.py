@@ -23,6 +23,7 @@ TASKS = {
     "curve": "curves.curve",
     "family": "families.learn",
     "cpu": "cpu.measure",
+    "profile": "profile.measure",
 }
 
 

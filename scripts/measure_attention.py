@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
+from fitune.kernels.attention import QKV, Documents, Scoring, Workspace, attention, attention_backward
 from fitune.kernels.attention_triton import (
     Tile,
     attention_triton,
@@ -47,6 +47,7 @@ SHAPES = {
     "1b16": Shape(random_lengths(2048, 16), 32, 8, 64),
     "8b": Shape((2048,) * 4, 32, 8, 128),
     "long": Shape((16384,), 32, 8, 128),
+    "glm": Shape((1024,) * 2, 32, 2, 128),
     "alibi": Shape((2048,) * 2, 16, 16, 128, True),
 }
 # rows, keys, warps, stages. All with descriptors; the first two also without. What spills much or waits for every
@@ -96,6 +97,8 @@ class Problem:
         self.out = torch.zeros_like(self.dout)
         self.lse = torch.zeros(shape.heads, tokens, device="cuda")
         self.delta = torch.zeros_like(self.lse)
+        # as much as the widest group of query heads can take, so that nothing but the GPU limits how it is shared out
+        self.workspace = Workspace(self.delta, torch.empty(2 * self.dout.numel(), device="cuda"))
 
     def run(self, step: str, tile: Tile | None = None) -> None:
         if step == "forward":
@@ -104,7 +107,8 @@ class Problem:
             saved = self.dout, self.out, self.lse
             queries_backward_triton(self.qkv, self.scoring, saved, self.dqkv, self.delta, tile)
         else:
-            keys_backward_triton(self.qkv, self.scoring, (self.dout, self.lse), self.dqkv, self.delta, tile)
+            saved = self.dout, self.lse
+            keys_backward_triton(self.qkv, self.scoring, saved, self.dqkv, self.workspace, tile)
 
     def exact(self) -> dict[str, torch.Tensor]:
         """Everything in fp64, head by head."""
@@ -280,7 +284,7 @@ def report(name: str, shape: Shape, steps: list[str], good: dict[tuple[str, int,
         problem.run(step)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    rest = problem.dout, problem.out, problem.lse, problem.dqkv, problem.delta
+    rest = problem.dout, problem.out, problem.lse, problem.dqkv, problem.workspace
     forward = milliseconds(lambda: attention(problem.qkv, problem.scoring, problem.out, problem.lse))
     backward = milliseconds(lambda: attention_backward(problem.qkv, problem.scoring, *rest))
     rates = flop(shape, 2) / forward / 1e9, flop(shape, 5) / backward / 1e9

@@ -49,7 +49,7 @@ def seeded(engine, model, batch, seed):
     return run(engine, model, batch)
 
 
-def check(model, engine, bound, seed=7):
+def check(model, engine, bound, seed=7, gradients=None):
     """The engine's masks stay as its last micro-step set them, so the plain path runs after it."""
     batch = pack(make_rows([17, 5, 30, 2]))
     loss, fast = seeded(engine, model, batch, seed)
@@ -58,7 +58,7 @@ def check(model, engine, bound, seed=7):
     assert all(mask.dropped for mask in masks)
     assert loss == pytest.approx(plain_loss, rel=bound)
     for name in plain:
-        assert difference(fast[name], plain[name]) <= bound, name
+        assert difference(fast[name], plain[name]) <= (gradients or bound), name
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -182,8 +182,9 @@ def test_dropout_that_is_not_the_same_everywhere_is_named():
 def test_on_a_gpu(quantization, level):
     """Captured graphs follow the seed and the switch to evaluation; masks are those of the CPU.
 
-    The bound of gradients is rounding's: each path is 3e-6 from fp64 on a CPU, noise of one unit in the last place of
-    the weights moves a gradient here by up to 6e-6, and a GPU's exp2 and rsqrt are coarser (1.2e-5 seen on an H100).
+    The bound of gradients is rounding's, also against the plain path of the same GPU: each path is 3e-6 from fp64 on a
+    CPU, noise of one unit in the last place of the weights moves a gradient here by up to 6e-6, and a GPU's exp2 and
+    rsqrt are coarser (1.2e-5 seen).
     Products in tf32 would move every gradient by 2e-3 and more, one wrong element of one mask by 1e-3.
     """
     batch = pack(make_rows([17, 5, 30, 2]))
@@ -200,4 +201,4 @@ def test_on_a_gpu(quantization, level):
         for name in gradients:
             assert difference(gradients[name].cpu(), expected[seed][1][name]) < 3e-5, name
         assert engine.loss(batch).item() == pytest.approx(evaluated, rel=1e-5)
-    check(model, engine, 1e-5)
+    check(model, engine, 1e-5, gradients=3e-5)

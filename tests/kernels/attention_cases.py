@@ -2,7 +2,7 @@
 
 import torch
 
-from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
+from fitune.kernels.attention import QKV, Documents, Scoring, Workspace, attention, attention_backward
 
 LENGTHS = [13, 1, 40, 1, 1, 14]  # T = 70
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -65,10 +65,11 @@ class Case:
         self.lse_hT = torch.full((heads, tokens), float("nan"), device=device)
         self.delta_hT = torch.full_like(self.lse_hT, float("nan"))
 
-    def run(self, forward=attention, backward=attention_backward):
+    def run(self, forward=attention, backward=attention_backward, spare=None):
         forward(self.qkv, self.scoring, self.out_Thd, self.lse_hT)
         out = self.out_Thd.clone()
-        backward(self.qkv, self.scoring, self.dout_Thd, self.out_Thd, self.lse_hT, self.dqkv, self.delta_hT)
+        workspace = Workspace(self.delta_hT, spare)
+        backward(self.qkv, self.scoring, self.dout_Thd, self.out_Thd, self.lse_hT, self.dqkv, workspace)
         return out, self.lse_hT, self.dqkv.q_Thd, self.dqkv.k_Tgd, self.dqkv.v_Tgd
 
 
@@ -78,12 +79,12 @@ def assert_near(got, want, tolerance):
         assert error < tolerance, f"{name}: {error:.1e}"  # NaN fails too
 
 
-def run_triton(case, forward=None, dq=None, dkv=None):
-    """The Triton bodies with chosen tiles."""
+def run_triton(case, forward=None, dq=None, dkv=None, spare=None):
+    """The Triton bodies with chosen tiles; with `spare` several programs may share a key/value head."""
     from fitune.kernels.attention_triton import attention_triton, keys_backward_triton, queries_backward_triton
 
-    def backward(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, delta_hT):
-        queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, delta_hT, dq)
-        keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, delta_hT, dkv)
+    def backward(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, workspace):
+        queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, workspace.delta_hT, dq)
+        keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, workspace, dkv)
 
-    return case.run(lambda *inputs: attention_triton(*inputs, forward), backward)
+    return case.run(lambda *inputs: attention_triton(*inputs, forward), backward, spare)

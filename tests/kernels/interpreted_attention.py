@@ -50,3 +50,25 @@ def test_the_kernels_are_a_softmax(lengths, blocks, heads, kv_heads, width, dtyp
     got = run_triton(case, tile, tile, tile)
     assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[dtype])
     assert case.drows_Tn[:, -8:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "room", "parts"),
+    [
+        ([30, 1, 14], (4, 1), 4, 4),
+        ([30, 1, 14], (4, 1), 3, 2),  # memory for three parts: four heads are cut into two
+        ([30, 1, 14], (6, 2), 9, 1),  # two heads of three blocks: five programs would not start at once
+        ([20, 3], (6, 2), 9, 3),
+        ([30, 40], (2, 1), 9, 2),
+    ],
+)
+@pytest.mark.parametrize(("width", "kind"), [(16, ""), (24, "alibi"), (16, "prefix")])
+def test_several_programs_share_a_key_value_head(lengths, heads, room, parts, width, kind):
+    case = Case(lengths, *heads, width, torch.float32, kind)
+    tile = Tile(16, 16, 4, 2)
+    spare = torch.full((room * 2 * sum(lengths) * heads[1] * width,), float("nan"))
+    got = run_triton(case, tile, tile, tile, spare)
+    assert_near(got, naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[torch.float32])
+    written = spare.isfinite().sum() / (2 * sum(lengths) * heads[1] * width)
+    assert written == (parts if parts > 1 else 0)
+    assert case.drows_Tn[:, -8:].isnan().all()

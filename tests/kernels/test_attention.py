@@ -10,7 +10,7 @@ import torch
 
 from attention_cases import LENGTHS, TOLERANCE, Case, assert_near, documents_of, naive
 from fitune.errors import ConfigError
-from fitune.kernels.attention import attention, attention_backward
+from fitune.kernels.attention import Workspace, attention, attention_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -74,13 +74,27 @@ def test_the_kernels_on_a_gpu(width, heads, kv_heads, dtype, kind):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["", "prefix"])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(32, 2, 128), (12, 2, 128), (8, 1, 64), (6, 2, 96)])
+def test_several_programs_share_a_key_value_head_on_a_gpu(heads, kv_heads, width, kind):
+    case = Case([700, 1, 323], heads, kv_heads, width, torch.bfloat16, kind, "cuda")
+    spare = torch.full((heads * 1024 * 2 * width,), float("nan"), device="cuda")
+    assert_near(case.run(spare=spare), naive(case.qkv, case.scoring, case.dout_Thd), TOLERANCE[torch.bfloat16])
+    assert spare.isfinite().any(), "one program did all of it"
+    first = case.drows_Tn.clone()
+    case.run(spare=spare)
+    assert torch.equal(case.drows_Tn.nan_to_num(9.0), first.nan_to_num(9.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernels_repeat_their_bits_and_allocate_nothing():
     case = Case([1024, 1024], 32, 8, 64, torch.bfloat16, device="cuda")
-    first = [x.clone() for x in case.run()]
+    first, workspace = [x.clone() for x in case.run()], Workspace(case.delta_hT)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     attention(case.qkv, case.scoring, case.out_Thd, case.lse_hT)
-    attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, case.delta_hT)
+    attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, workspace)
     assert torch.cuda.max_memory_allocated() == before
     again = case.out_Thd, case.lse_hT, case.dqkv.q_Thd, case.dqkv.k_Tgd, case.dqkv.v_Tgd
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
@@ -92,10 +106,11 @@ def test_the_kernels_repeat_their_bits_and_allocate_nothing():
 def test_one_graph_serves_other_documents_of_as_many_tokens(kind):
     case = Case([300, 212], 4, 2, 64, torch.bfloat16, kind, "cuda")
     case.run()
+    workspace = Workspace(case.delta_hT)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         attention(case.qkv, case.scoring, case.out_Thd, case.lse_hT)
-        attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, case.delta_hT)
+        attention_backward(case.qkv, case.scoring, case.dout_Thd, case.out_Thd, case.lse_hT, case.dqkv, workspace)
     other, documents = documents_of([1, 130, 381], "cuda", prefix=True), case.scoring.documents
     documents.start_T.copy_(other.start_T)
     documents.end_T.copy_(other.end_T)

@@ -25,7 +25,7 @@ from fitune.engine.products import Scratch
 from fitune.engine.spec import BlockSpec, frozen_norm
 from fitune.engine.trained import Trained
 from fitune.engine.virtual import Prefix
-from fitune.kernels.attention import QKV, Documents, Scoring, attention, attention_backward
+from fitune.kernels.attention import QKV, Documents, Scoring, Workspace, attention, attention_backward
 from fitune.kernels.dropout import Dropout, Mask
 from fitune.kernels.norm import Norm, add_norm, norm_backward, norm_only
 from fitune.kernels.rope import HeadNorm, Rotary, qk_norm_rotate, qk_norm_rotate_backward, rotate, rotate_backward
@@ -308,7 +308,8 @@ class Block:
         dout = self._gradient(v, carve(v["scratch"], shape.attention, shape.qkv + beside), qkv_group)
         inputs, grads = self._queries_keys_values(v, tokens, rotated=True), self._heads(dout[0])
         scoring = self._scoring(tokens)
-        attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, v["delta"])
+        workspace = Workspace(v["delta"], v["gate_up"].view(-1))  # gate_up's gradient has gone into all it is for
+        attention_backward(inputs, scoring, _split(da, shape), _split(a, shape), v["lse"], grads, workspace)
         if self.prefix is not None:
             assert tokens.first_D is not None
             self.prefix.take(grads, tokens.first_D)

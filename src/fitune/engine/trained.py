@@ -40,6 +40,7 @@ class Trained:
             _set_gradient_dtype(parameter)
             self._parts[id(parameter)] = part
             at = part.stop
+        self._views = [self.gradients[self._parts[id(p)]].view(p.shape) for p in self.parameters]
         self._places = [parameter.data_ptr() for parameter in self.parameters]
 
     def gradient(self, *parameters: Any) -> torch.Tensor | None:
@@ -55,14 +56,13 @@ class Trained:
         """The optimizer drops gradients between steps; ours are static, so they are zeroed and given back."""
         if [parameter.data_ptr() for parameter in self.parameters] != self._places:
             raise RuntimeError("trained parameters were moved after the engine was made; make a new EnginePath")
-        fresh = [parameter for parameter in self.parameters if parameter.grad is None]
+        fresh = [number for number, parameter in enumerate(self.parameters) if parameter.grad is None]
         if len(fresh) == len(self.parameters):
             self.gradients.zero_()
-        for parameter in fresh:
-            view = self.gradients[self._parts[id(parameter)]].view(parameter.shape)
+        for number in fresh:
             if len(fresh) < len(self.parameters):
-                view.zero_()
-            parameter.grad = view
+                self._views[number].zero_()
+            self.parameters[number].grad = self._views[number]
 
 
 def _set_gradient_dtype(parameter: Any) -> None:

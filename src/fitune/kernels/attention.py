@@ -81,6 +81,19 @@ class QKV:
         return QKV(*rows_Th3d.unbind(2))
 
 
+class Workspace(NamedTuple):
+    """Memory of the backward pass.
+
+    Attributes:
+        delta_hT: (h, T) fp32, contiguous.
+        spare: contiguous memory of any dtype that starts on 16 bytes: with it few key/value heads keep more of the GPU
+            busy. None: there is none.
+    """
+
+    delta_hT: torch.Tensor
+    spare: torch.Tensor | None = None
+
+
 def attention(qkv: QKV, scoring: Scoring, out_Thd: torch.Tensor, lse_hT: torch.Tensor) -> None:
     """Write softmax(scale q k^T + slope (key - query)) v over the keys a query sees.
 
@@ -110,9 +123,9 @@ def attention_backward(
     out_Thd: torch.Tensor,
     lse_hT: torch.Tensor,
     dqkv: QKV,
-    delta_hT: torch.Tensor,
+    workspace: Workspace,
 ) -> None:
-    """Write the gradients of q, k and v; the same bits in every run.
+    """Write the gradients of q, k and v; the same bits in every run on GPUs with as many processors.
 
     Args:
         qkv, scoring: as in the forward pass. Read only.
@@ -120,7 +133,7 @@ def attention_backward(
         out_Thd, lse_hT: what the forward pass wrote. Read only.
         dqkv: shapes and dtype of qkv, unit stride in d. Written, not added to. dk may be k's own memory and dv v's, and
             dq may be out's; dq may not share memory with q or dout.
-        delta_hT: (h, T) fp32, contiguous. Scratch, used on CUDA.
+        workspace: used on CUDA.
     Raises:
         ConfigError: heads wider than 256, or a dtype that is not bf16, fp16 or fp32.
     Memory: on CUDA nothing. On CPU the gradients of one document; with slopes or a prefix one (n, n) mask besides.
@@ -130,7 +143,7 @@ def attention_backward(
     if qkv.q_Thd.is_cuda:
         from fitune.kernels.attention_triton import attention_backward_triton
 
-        attention_backward_triton(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, delta_hT)
+        attention_backward_triton(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, workspace)
     else:
         attention_backward_reference(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv)
 

@@ -249,7 +249,7 @@ def _dkv_step(q, k, v, dout, dk, dv, lse2_M, delta_M, scale2, bias_N, keep, MASK
 
 
 @triton.jit
-def _turn(i, blocks, kv_head, GROUP: tl.constexpr):
+def _turn(i, blocks, part, GROUP: tl.constexpr):
     """Query head and block of round i of a loop over `blocks` blocks of each head of a group.
 
     No blocks must not mean a division by zero: it is undefined even where the loop does not run. The pipeliner puts
@@ -258,9 +258,9 @@ def _turn(i, blocks, kv_head, GROUP: tl.constexpr):
     """
     if GROUP > 1:
         each = tl.maximum(blocks, 1)
-        return kv_head * GROUP + i // each, i % each
+        return part * GROUP + i // each, i % each
     else:
-        return kv_head, i
+        return part, i
 
 
 @triton.jit
@@ -269,9 +269,14 @@ def dkv_kernel(
     q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
+    PARTS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of N rows of one key/value head: one loop over all query heads of its group and their blocks."""
-    kv_head = tl.program_id(0)
+    """Gradients of N rows of one key/value head: one loop over GROUP query heads and their blocks.
+
+    The query heads of a key/value head go to PARTS programs; what each of them sums up stands OUT elements apart.
+    """
+    part = tl.program_id(0)
+    kv_head = part // PARTS
     n0 = _block(PAIRED) * BLOCK_N  # early keys are seen by most rows: first
     key_N = n0 + tl.arange(0, BLOCK_N)
     column_M = tl.arange(0, BLOCK_M)
@@ -285,9 +290,9 @@ def dkv_kernel(
     first, before, inner, masked = _query_blocks(start, end, until, n0, T, BLOCK_M, BLOCK_N, PREFIX)
     dk_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    slope2 = tl.load(slopes + kv_head) * LOG2_E if ALIBI else 0.0
+    slope2 = tl.load(slopes + part) * LOG2_E if ALIBI else 0.0
     for i in tl.range(0, masked * GROUP):
-        head, block = _turn(i, masked, kv_head, GROUP)
+        head, block = _turn(i, masked, part, GROUP)
         if GROUP > 1:
             slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         m0 = first + (block + tl.where(block >= before, inner, 0)) * BLOCK_M
@@ -302,7 +307,7 @@ def dkv_kernel(
             q_MD, k_ND, v_ND, dout_MD, dk_ND, dv_ND, lse2_M, delta_M, scale * LOG2_E, bias_N, keep, True, ALIBI
         )
     for i in tl.range(0, inner * GROUP):
-        head, block = _turn(i, inner, kv_head, GROUP)
+        head, block = _turn(i, inner, part, GROUP)
         if GROUP > 1:
             slope2 = tl.load(slopes + head) * LOG2_E if ALIBI else 0.0
         m0 = first + (before + block) * BLOCK_M
@@ -315,5 +320,23 @@ def dkv_kernel(
         dk_ND, dv_ND = _dkv_step(
             q_MD, k_ND, v_ND, dout_MD, dk_ND, dv_ND, lse2_M, delta_M, scale * LOG2_E, bias_N, None, False, ALIBI
         )
-    _store(dk, dk_stride, n0, kv_head * HEAD, T, dk_ND * scale, D, BLOCK_N, WIDTH)
-    _store(dv, dv_stride, n0, kv_head * HEAD, T, dv_ND, D, BLOCK_N, WIDTH)
+    _store(dk, dk_stride, n0, part * OUT, T, dk_ND * scale, D, BLOCK_N, WIDTH)
+    _store(dv, dv_stride, n0, part * OUT, T, dv_ND, D, BLOCK_N, WIDTH)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts, dk, dv, dk_stride, dv_stride, T,
+    PARTS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of ROWS rows of one key/value head from what `dkv_kernel` left: (2, T, kv heads, PARTS, D) fp32."""
+    kv_head, row = tl.program_id(0), tl.program_id(1) * ROWS
+    stride = tl.num_programs(0) * PARTS * D
+    dk_RD = tl.zeros([ROWS, WIDTH], tl.float32)
+    dv_RD = tl.zeros([ROWS, WIDTH], tl.float32)
+    for part in tl.static_range(PARTS):
+        left = (kv_head * PARTS + part) * D
+        dk_RD += _tile(parts, stride, row, left, T, D, ROWS, WIDTH, True, False)
+        dv_RD += _tile(parts + tl.cast(T, tl.int64) * stride, stride, row, left, T, D, ROWS, WIDTH, True, False)
+    _store(dk, dk_stride, row, kv_head * HEAD, T, dk_RD, D, ROWS, WIDTH)
+    _store(dv, dv_stride, row, kv_head * HEAD, T, dv_RD, D, ROWS, WIDTH)

@@ -13,10 +13,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fitune.kernels.attention import QKV, Scoring
-from fitune.kernels.attention_tiles import dkv_kernel, dq_kernel, forward_kernel
+from fitune.kernels.attention import QKV, Scoring, Workspace
+from fitune.kernels.attention_tiles import dkv_kernel, dq_kernel, forward_kernel, sum_parts_kernel
 
 Pass = Literal["forward", "dq", "dkv"]
+SUM_ROWS = 16
 
 
 class Tile(NamedTuple):
@@ -73,11 +74,12 @@ _TILES: dict[Pass, dict[tuple[int, int], Tile]] = {
 _SCALAR_TILES = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
-# With slopes these were (64, 64, 4, 2) and (32, 64, 4, 3) with blocks fetched by the copy unit: a wrong dk, then a read
-# where nothing is. The likely reason is gone (`attention_tiles._turn`, docs/log.md); the tiles await a GPU.
+# With slopes other tiles are best, or were timed at least
 _SLOPES_TILES: dict[tuple[Pass, int, int], Tile] = {
+    ("forward", 90, 128): Tile(64, 64, 4, 3, tma=True),
+    ("dq", 90, 128): Tile(64, 64, 4, 2, tma=True),
     ("dkv", 90, 64): Tile(32, 64, 4, 2),
-    ("dkv", 90, 128): Tile(32, 64, 4, 2),
+    ("dkv", 90, 128): Tile(64, 64, 4, 2, tma=True),
     ("dkv", 90, 256): Tile(16, 32, 4, 2),
 }
 
@@ -117,11 +119,11 @@ def attention_backward_triton(
     out_Thd: torch.Tensor,
     lse_hT: torch.Tensor,
     dqkv: QKV,
-    delta_hT: torch.Tensor,
+    workspace: Workspace,
 ) -> None:
-    """`attention_backward` on CUDA in two launches."""
-    queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, delta_hT)
-    keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, delta_hT)
+    """`attention_backward` on CUDA in two launches; three if the work on keys and values is cut into more parts."""
+    queries_backward_triton(qkv, scoring, (dout_Thd, out_Thd, lse_hT), dqkv, workspace.delta_hT)
+    keys_backward_triton(qkv, scoring, (dout_Thd, lse_hT), dqkv, workspace)
 
 
 def queries_backward_triton(
@@ -152,22 +154,58 @@ def keys_backward_triton(
     scoring: Scoring,
     saved: tuple[torch.Tensor, torch.Tensor],
     dqkv: QKV,
-    delta_hT: torch.Tensor,
+    workspace: Workspace,
     tile: Tile | None = None,
 ) -> None:
     """The second launch: `dqkv.k_Tgd` and `dqkv.v_Tgd` from the first one's `delta_hT`; saved is dout_Thd, lse_hT."""
     tile = tile or _tile_for("dkv", qkv, scoring)
     dout_Thd, lse_hT = saved
-    tokens, kv_heads, _ = qkv.k_Tgd.shape
+    tokens, kv_heads, width = qkv.k_Tgd.shape
+    blocks = triton.cdiv(tokens, tile.keys)
+    parts = _parts(qkv, blocks, workspace.spare)
+    out = _into_parts(dqkv, parts, workspace.spare) if parts > 1 else dqkv
     q, dout = _loop_inputs([qkv.q_Thd, dout_Thd], tile.rows, tile)
-    grid = kv_heads, triton.cdiv(tokens, tile.keys)
+    grid = kv_heads * parts, blocks
+    constants = _constants(qkv, dqkv, scoring, tile, q, grid)
+    constants |= {
+        "GROUP": constants["GROUP"] // parts,
+        "PARTS": parts,
+        "OUT": width if parts > 1 else constants["HEAD"],
+    }
     dkv_kernel[grid](
-        q, qkv.k_Tgd, qkv.v_Tgd, dout, dqkv.k_Tgd, dqkv.v_Tgd, lse_hT, delta_hT,
+        q, qkv.k_Tgd, qkv.v_Tgd, dout, out.k_Tgd, out.v_Tgd, lse_hT, workspace.delta_hT,
         scoring.documents.start_T, scoring.documents.end_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
-        dout_Thd.stride(0), dqkv.k_Tgd.stride(0), dqkv.v_Tgd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, dqkv, scoring, tile, q, grid),
+        dout_Thd.stride(0), out.k_Tgd.stride(0), out.v_Tgd.stride(0),
+        tokens, scoring.scale, **constants,
     )  # fmt: skip
+    if parts > 1:
+        sum_parts_kernel[kv_heads, triton.cdiv(tokens, SUM_ROWS)](
+            out.k_Tgd, dqkv.k_Tgd, dqkv.v_Tgd, dqkv.k_Tgd.stride(0), dqkv.v_Tgd.stride(0), tokens,
+            PARTS=parts, D=width, HEAD=constants["HEAD"], WIDTH=constants["WIDTH"], ROWS=SUM_ROWS, num_warps=4,
+        )  # fmt: skip
+
+
+def _parts(qkv: QKV, blocks: int, spare: torch.Tensor | None) -> int:
+    """How many programs share the query heads of a key/value head: as many as can start at once and find room.
+
+    ChatGLM3 has two key/value heads for 32: a row of 2,048 tokens in blocks of 64 keys is 64 programs, on half of the
+    processors.
+    """
+    tokens, kv_heads, width = qkv.k_Tgd.shape
+    group = qkv.q_Thd.shape[1] // kv_heads
+    room = 0 if spare is None else spare.numel() * spare.element_size()
+    most = min(2 * _processors(qkv.q_Thd.device) // (kv_heads * blocks), room // (2 * tokens * kv_heads * width * 4))
+    return max((parts for parts in range(1, group + 1) if group % parts == 0 and parts <= most), default=1)
+
+
+def _into_parts(dqkv: QKV, parts: int, spare: torch.Tensor | None) -> QKV:
+    """Places in `spare` for the sums of every program, (T, kv heads * parts, d) fp32 of keys, then of values."""
+    assert spare is not None
+    tokens, kv_heads, width = dqkv.k_Tgd.shape
+    size = 2 * tokens * kv_heads * parts * width
+    both = spare.view(torch.uint8)[: size * 4].view(torch.float32).view(2, tokens, kv_heads * parts, width)
+    return QKV(dqkv.q_Thd, both[0], both[1])
 
 
 def _tile_for(step: Pass, qkv: QKV, scoring: Scoring) -> Tile:

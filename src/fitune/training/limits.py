@@ -16,12 +16,15 @@ from fitune.plan.saves import level_of
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """Put back the switches of PyTorch that a run sets: a caller's process is not ours."""
+    """No TF32 in cuDNN inside; put back all switches of PyTorch that a run sets: a caller's process is not ours."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     threads = torch.get_num_threads()
+    cudnn = torch.backends.cudnn
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "benchmark_limit", "deterministic")}
     try:
-        yield
+        with cudnn.flags(**kept, allow_tf32=False):  # an LSTM in fp32 would be rounded to 10 bits otherwise
+            yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.set_num_threads(threads)

@@ -103,7 +103,10 @@ class MasterOptimizer:
         return self.masters[name].data_ptr() == self.parameters[name].data_ptr()
 
     def zero(self) -> None:
-        """Drop all gradients."""
+        """Drop all gradients, or set them to zero where they are one vector of the path's."""
+        if self._vector is not None:
+            self._vector.gradient.zero_()
+            return
         for tensor in (*self.masters.values(), *self.parameters.values()):
             tensor.grad = None  # a path that owns the gradients sees this and starts anew
 
