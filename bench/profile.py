@@ -16,7 +16,7 @@ from bench.work import WORKS
 STEPS = 2
 # Of a kernel's name the first that matches says what it is; what is none of them is "other".
 PARTS = {
-    "attention": "^(forward|dq|dkv)_kernel|flash|fmha",
+    "attention": "^(forward|dq|dkv|sum_parts)_kernel|flash|fmha",
     "GEMM": "nvjet|gemm|cutlass|splitK|cublas",
     "loss": "^_(cross_entropy|loss_only)",
     "norms": "^_(add_norm|norm_only|norm_backward)|layer_norm",
@@ -24,6 +24,7 @@ PARTS = {
     "activation": "^_(swiglu|gelu)",
     "weights to 16 bit": "^_(rows|aligned|any)_kernel",
     "to fp8": "^_(quantize|transpose)_kernel",
+    "dropout": "^_drop",
     "sums over rows": "^_add_column_sums",
     "copies": "[Mm]emcpy|[Mm]emset|copy|^_(refresh|scatter|place|take)",
 }

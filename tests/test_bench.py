@@ -2,12 +2,13 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 import tiny
-from bench import families, plan, rows, sweep
+from bench import families, plan, profile, rows, sweep
 from bench.__main__ import main
 from bench.children import Runner
 from bench.curves import made_up_rows
@@ -199,6 +200,60 @@ def test_real_rows_are_trained_by_the_real_command(tmp_path):
     assert "| 0.50 | 1.00 | >= 25,000, 4.5 GB |" in markdown([other, shown])
 
 
+def test_both_paths_see_the_same_real_rows(tmp_path, monkeypatch):
+    """`--against-plain`, the children run in this process."""
+    folder = tiny.make_model(tmp_path / "model")
+    config = model_config(folder) | {"max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    for number, name in enumerate(rows.FILES):
+        tiny.make_rows(tmp_path / name, 20 + number)
+    monkeypatch.setattr(rows, "with_tokenizer", lambda folder, tokenizer: folder)
+    monkeypatch.setattr(Runner, "make_model", lambda self, name, models: folder)
+
+    def child(self, task, arguments, labels):
+        self.record({**labels, "status": "ok", **rows.ours(**arguments, device="cpu")})
+
+    monkeypatch.setattr(Runner, "run", child)
+    rows.both_paths(runner := Runner(tmp_path / "out"), tmp_path, tmp_path, tmp_path, 3)
+    plain, fast = read(runner.results)
+    assert plain["note"].startswith("plain path")
+    assert fast["note"].startswith("fast path")
+    assert len(plain["losses"]) == 3
+    assert fast["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    text = markdown([plain | {"losses": [2.0, 1.0]}, fast | {"losses": [2.25, 0.5]}])
+    assert "3 updates of 32" in text
+    assert "| fast | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 |" in text
+
+
+def test_kernels_are_summed_by_what_they_are():
+    """Two steps of a trace: times in microseconds, shown in milliseconds of one step."""
+
+    def event(name, at, took, cat="kernel", **args):
+        return {"cat": cat, "name": name, "ts": at, "dur": took, "args": args}
+
+    events = [
+        event("nvjet_sm90_tst", 0.0, 2000, grid=[2, 64, 1]),
+        event("dkv_kernel", 2000.0, 1000, grid=[2, 32, 1]),
+        event("nvjet_sm90_tst", 5000.0, 1000, grid=[2, 64, 1]),
+        event("Memcpy HtoD", 5500.0, 500, cat="gpu_memcpy"),
+        event("cudaGraphLaunch", 0.0, 50, cat="cuda_runtime"),
+        event("something_new", 6000.0, 500),
+    ]
+    found = profile._sums(events)
+    assert found["parts"] == {"GEMM": 1.5, "attention": 0.5, "copies": 0.25, "other": 0.25}
+    assert found["kernels"][0] == ["nvjet_sm90_tst", "2x64x1", 1.0, 1.5]
+    assert (found["gpu_ms"], found["span_ms"]) == (2.5, 3.25)
+    text = markdown([{"kind": "profile", "row": "1b", "status": "ok", **found}])
+    assert "| `1b` | 3.2 | 2.5 | GEMM 1.5, attention 0.5, copies 0.2, other 0.2 |" in text
+
+
+def test_every_kernel_of_ours_is_some_part_of_a_profile():
+    files = (Path(__file__).parent.parent / "src" / "fitune" / "kernels").glob("*.py")
+    names = {name for file in files for name in re.findall(r"(_?\w+)\[[^\]]*\]\(\n", file.read_text())}
+    assert len(names) > 15
+    assert {name for name in names if profile._part(name) == "other"} == set()
+
+
 def test_curves_and_lengths_are_shown():
     errors = {"largest": 0.02, "median": 0.01, "all": 0.015}
     one = {"kind": "curve", "case": "1b", "dtype": "bf16", "quantization": "nf4", "path": "plain", "status": "ok"}
@@ -221,11 +276,11 @@ def test_families_learn(tmp_path, monkeypatch):
     rows = made_up_rows(2, 70, {"model_type": "chatglm", **marks})
     assert all(list(row.input_ids[8:10]) == [2001, 2004] and sum(row.learn) == row.num_tokens - 10 for row in rows)
     found = []
-    for family, method, precision in [("llama-tiny", "prompt", "nf4"), ("chatglm-6b", "lora", "int8")]:
+    for family, method, precision in [("llama-tiny", "prompt", "nf4"), ("chatglm-6b", "prefix", "int8")]:
         cell = {"family": family, "method": method, "precision": precision}
         result = families.learn(**cell, models=str(tmp_path), device="cpu", updates=3)
         found.append({"kind": "family", **cell, "status": "ok", **result, "losses": [3.0, 2.5, 2.0]})
         assert len(result["losses"]) == 3
     text = markdown([*found, found[0] | {"losses": [2.0, 2.0, 2.5]}])
-    assert "| chatglm-6b | lora | int8 | EnginePath | 3.000 -> 2.000 | yes | 0.00 |" in text
+    assert "| chatglm-6b | prefix | int8 | EnginePath | 3.000 -> 2.000 | yes | 0.00 |" in text
     assert "| llama-tiny | prompt | nf4 | EnginePath | 2.000 -> 2.500 | **no** | 0.00 |" in text
