@@ -86,6 +86,11 @@ class Runner:
         """True if no further child should be started."""
         return self.seconds is not None and time.monotonic() - self._started > self.seconds
 
+    def has(self, kind: str) -> bool:
+        """True if the file holds a good measurement of that kind, from this call or an earlier one."""
+        lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.is_file() else []
+        return any(row["kind"] == kind and row["status"] == "ok" for row in map(json.loads, lines))
+
     def run(self, task: str, arguments: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
         """Run `bench.tasks.TASKS[task](**arguments)` in a process of its own; record and return what came out.
 

@@ -135,6 +135,9 @@ def test_a_failing_and_a_slow_child_are_recorded(tmp_path):
     slow = Runner(tmp_path, child_seconds=0.0)
     assert slow.run("gemm", {}, {"kind": "gemm"})["status"] == "timeout"
     assert [r["status"] for r in read(runner.results)] == ["failed", "timeout"]
+    assert not slow.has("gemm")
+    slow.record({"kind": "gemm", "status": "ok"})
+    assert Runner(tmp_path).has("gemm")
 
 
 def test_a_real_tokenizer_must_fit_the_model(tmp_path):
