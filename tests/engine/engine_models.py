@@ -164,7 +164,7 @@ def only_what_is_declared(model, engine, batch):
             made_again.append(again)
             gradient = views["d"].clone()
             for buffer in engine._buffers._shared.values():
-                buffer.fill_(float("nan"))
+                buffer.fill_(float("nan") if buffer.is_floating_point() else 127)  # NaN of codes too
             views["d"].copy_(gradient)
             backward(views, tokens)
 

@@ -87,6 +87,29 @@ def test_fp8_follows_the_plain_path(kind, level):
         assert difference(fast[name], plain[name]) < 0.08, name
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", {}), ("qwen2", {"dropout": 0.3}), ("glm", {}), ("bloom", {}), ("llama", {"r": 64})]
+)
+def test_fp8_adds_adapters_where_gate_and_up_are_read(kind, method, level):
+    """The same as if the product itself had added them, but for sums in another order, which may turn a code."""
+    model, model_type = make(kind, quantization="fp8", **method)
+    engine = EnginePath(model, model_type, level, 64, 128)
+    batch = pack(make_rows([17, 5, 30, 2]))
+    ups = [block.groups["up"] for block in engine.blocks]
+    expected_to = kind != "bloom" and "r" not in method  # no gate; more columns than a kernel takes
+    assert {group._leaves_out for group in ups} == {expected_to}
+    torch.manual_seed(3)
+    loss, fast = run(engine, model, batch)
+    for group in ups:
+        group._leaves_out = False
+    torch.manual_seed(3)
+    expected_loss, expected = run(engine, model, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name in expected:
+        assert difference(fast[name], expected[name]) < 5e-3, name
+
+
 @pytest.mark.gpu
 @NEEDS_CUDA
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "fp8"])
@@ -147,6 +170,7 @@ def test_upper_layers_only_stop_at_the_lowest_adapter():
     [
         ("qwen3", {}),
         ("qwen3", {"dropout": 0.3}),
+        ("qwen3", {"quantization": "fp8"}),
         ("bloom", {}),
         ("bloom", {"name": "bitfit"}),
         ("chatglm", {}),

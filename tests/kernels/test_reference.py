@@ -10,7 +10,7 @@ from fitune.kernels.cross_entropy import cross_entropy_, loss_only
 from fitune.kernels.norm import Norm, add_norm, norm_backward
 from fitune.kernels.rope import HeadNorm, Rotary, qk_norm_rotate, qk_norm_rotate_backward, rotate
 from fitune.kernels.sums import add_column_sums
-from fitune.kernels.swiglu import gelu_backward, swiglu, swiglu_backward
+from fitune.kernels.swiglu import Added, gelu_backward, swiglu, swiglu_backward
 from kernel_cases import DTYPES, SMALL, Bench, check_not_finite, judge, public
 
 
@@ -54,6 +54,10 @@ REFUSED = {
     r"rstd_T .*at least 4": lambda: norm_backward(X, X, RMS, VECTOR[:3], None, X, None),
     r"y_TH .*\(4, at least 8\)": lambda: norm_backward(X, X, RMS, VECTOR, None, X, X[:, :7]),
     r"gate_up_T2I .*\(4, at least 16\)": lambda: swiglu(X, X),
+    "h_TR has 8 columns, B_2IR 7": lambda: swiglu(X, X[:, :4], Added(X, X[:, :7])),
+    "1 to 64": lambda: swiglu(X, X[:, :4], Added(torch.zeros(4, 65), torch.zeros(8, 65))),
+    r"B_2IR .*\(8, at least 8\)": lambda: swiglu_backward(X[:, :4], X, X, None, Added(X, X)),
+    "one dtype": lambda: swiglu(X, X[:, :4], Added(X.half(), torch.zeros(8, 8))),
     r"act_TI .*\(4, at least 4\)": lambda: swiglu_backward(X[:, :4], X, X, X[:3]),
     r"dx_TI .*\(4, at least 8\)": lambda: gelu_backward(X, X, X[:, :2], None),
     "two of the same shape": lambda: rotate(X, Rotary(torch.ones(9, 3), torch.ones(9, 3), 4, False), AT, 2, X),

@@ -83,7 +83,8 @@ class Block:
     ) -> None:
         self.level, self.spec = level, spec
         modules = {name: [layer.get_submodule(path) for path in paths] for name, paths in spec.names().items()}
-        self.groups = {name: Group(found, dtype, scratch, trained) for name, found in modules.items()}
+        later = "up" if spec.mlp == "swiglu" else ""  # whose adapters may be added where the output is read
+        self.groups = {name: Group(found, dtype, scratch, trained, name == later) for name, found in modules.items()}
         refuse_factors([*modules["o"], *modules["up"]])
         self.qkv_factors = output_factors(modules["qkv"], trained)
         self.act_factors = input_factors(modules["down"][0], trained)
@@ -127,8 +128,7 @@ class Block:
         """
         y1, _ = self._input(v, "qkv")
         if stream is None:
-            rstd, mean = self.norm1.statistics(v)
-            add_norm(v["x"], None, self.norm1.norm, None, y1, rstd, mean)
+            add_norm(v["x"], None, self.norm1.norm, None, y1, *self.norm1.statistics(v))
         else:
             self._join(v, stream, self.norm1, v["x"], y1)
         self._attention(v, tokens, again=False)
@@ -136,7 +136,7 @@ class Block:
         self._join(v, self._stream(v["x"], y1), self.norm2, v["mid"], y2)
         self._up(v, again=False)
         act, h = self._input(v, "down")
-        (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], act)
+        self._activate(v, act)
         self._down_project("down", v, again=False)
         if self.act_factors is not None:
             act = self.act_factors.scale(act, carve(v["scaled"], 0, self.shape.intermediate))
@@ -165,8 +165,7 @@ class Block:
         y2, _ = self._input(v, "up")
         if self.level in ("full", "offload"):
             y1, _ = self._input(v, "qkv")
-            rstd, mean = self.norm1.statistics(v)
-            add_norm(v["x"], None, self.norm1.norm, None, y1, rstd, mean)
+            add_norm(v["x"], None, self.norm1.norm, None, y1, *self.norm1.statistics(v))
             self._attention(v, tokens, again=True)
             self._join(v, self._stream(v["x"], y1), self.norm2, v["mid"], y2)
             self._up(v, again=True)
@@ -272,18 +271,25 @@ class Block:
         dact = carve(v["scratch"], 0, shape.intermediate)
         kept = v["act"][:, : shape.intermediate] if "act" in v else None
         if self.act_factors is not None:
-            self.act_factors.backward(dact, self._act(v) if kept is None else kept)
+            scaled = carve(v["scaled"], 0, shape.intermediate)  # the activation is made again where its copy was
+            self.act_factors.backward(dact, self._activate(v, scaled) if kept is None else kept)
         act = dact if down.R and kept is None else None  # made again where the gradient was
-        (swiglu_backward if shape.gated else gelu_backward)(dact, gate_up, gate_up, act)
+        if shape.gated:
+            swiglu_backward(dact, gate_up, gate_up, act, up.left_out(v.get("h_up")))
+        else:
+            gelu_backward(dact, gate_up, gate_up, act)
         if down.R:
             down.adapter_gradients(d, t, v["h_down"], dact if kept is None else kept, v.get("dropped"))
         stop = self.first and not self.groups["o"].needs_gradient and not self._trains_before_attention
         self._through_norm(v, self.norm2, up, self._gradient(v, v["gate_up"], up), stop, expanded)
 
-    def _act(self, v: Views) -> torch.Tensor:
-        """The activation, made again where its scaled copy was."""
-        out = carve(v["scaled"], 0, self.shape.intermediate)
-        (swiglu if self.shape.gated else gelu)(v["gate_up"][:, : self.shape.inner], out)
+    def _activate(self, v: Views, out: torch.Tensor) -> torch.Tensor:
+        """The activation of gate_up, to which an fp8 product left the adapters to be added here: `h_up` is kept."""
+        gate_up = v["gate_up"][:, : self.shape.inner]
+        if self.shape.gated:
+            swiglu(gate_up, out, self.groups["up"].left_out(v.get("h_up")))
+        else:
+            gelu(gate_up, out)
         return out
 
     @property

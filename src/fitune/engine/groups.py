@@ -23,6 +23,7 @@ from fitune.engine.trained import Trained, joined
 from fitune.kernels.dropout import Mask, drop, drop_add
 from fitune.kernels.refresh import Copy
 from fitune.kernels.sums import add_column_sums
+from fitune.kernels.swiglu import MOST_ADDED, Added
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ class Group:
         dtype: of activations and of the adapters' copies.
         scratch: memory that products of quantized groups share.
         trained: where gradients are added up.
+        added_later: what reads the outputs takes `left_out`, so fp8 products, whose adapters cost a pass over all
+            outputs, may leave them out.
     Raises:
         Unsupported: the projections are stored in different ways.
     Memory: see `engine.products` for the weights.
     """
 
-    def __init__(self, modules: list[Any], dtype: torch.dtype, scratch: Scratch, trained: Trained) -> None:
+    def __init__(
+        self, modules: list[Any], dtype: torch.dtype, scratch: Scratch, trained: Trained, added_later: bool = False
+    ) -> None:
         linears = [getattr(module, "base_layer", module) for module in modules]
         self.ins: int = linears[0].in_features
         self.outs = sum(linear.out_features for linear in linears)
@@ -76,6 +81,7 @@ class Group:
         self._dBs = [trained.gradient(adapter.B) for adapter in self.adapters]
         self._dbias_N = trained.gradient(*(linear.bias for linear in linears))
         self.trains = self._dA is not None or self._dbias_N is not None
+        self._leaves_out = added_later and self.quantization == "fp8" and 0 < self.R <= MOST_ADDED
         self._product = _product(self.quantization, linears, self.R, dtype, scratch)
 
     @property
@@ -97,8 +103,19 @@ class Group:
         torch.mm(self._drop(x_TK, spare), self._product.A_RK.t(), out=h_TR)
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
-        """out = x Wᵀ + h Bᵀ + bias."""
-        self._product.forward(x_TK, h_TR, out_TN)
+        """out = x Wᵀ + h Bᵀ + bias, without what is `left_out`."""
+        self._product.forward(x_TK, h_TR[:, :0] if self._leaves_out else h_TR, out_TN)
+
+    def left_out(self, h_TR: torch.Tensor | None) -> Added | None:
+        """What `forward` did not add: h Bᵀ, to be added by whatever reads its output; None: nothing.
+
+        Args:
+            h_TR: (T, R or more) what `forward` got, or a copy of it; None: the group has no adapters.
+        """
+        if not self._leaves_out:
+            return None
+        assert h_TR is not None, "adapters without their columns"
+        return Added(h_TR[:, : self.R], self._product.B_NR)
 
     def up_project(self, dy_TN: torch.Tensor, t_TR: torch.Tensor) -> None:
         """t = dy B."""

@@ -29,7 +29,7 @@ class Product(Protocol):
     B_NR: torch.Tensor
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
-        """out = x Wᵀ + h Bᵀ + bias."""
+        """out = x Wᵀ + h Bᵀ + bias. `RowsFp8` leaves h Bᵀ out if h has no columns."""
 
     def input_gradient(self, dy_TN: torch.Tensor, t_TR: torch.Tensor, dx_TK: torch.Tensor, expanded: bool) -> None:
         """dx = dy W + t A, or dx = dy W if t has no columns.

@@ -1,10 +1,13 @@
 """The activation of an MLP and its gradient: silu(gate) * up, and BLOOM's gelu.
 
 Forward and backward are elementwise, so a backward may write over what it reads: the gradient of gate and up
-over gate and up, the activation made again over its own gradient.
+over gate and up, the activation made again over its own gradient. Where a product left out its adapters, they are added
+here, where gate and up are read anyway: a pass over both less. Legend: R adapter columns.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -14,38 +17,59 @@ GELU_SCALE = 0.79788456  # sqrt(2 / pi), with the digits BLOOM was trained with
 GELU_CUBE = 0.044715
 
 
-def swiglu(gate_up_T2I: torch.Tensor, out_TI: torch.Tensor) -> None:
+class Added(NamedTuple):
+    """What gate and up still lack: h Bᵀ. It is added in fp32; the sum is rounded to the dtype before anything else.
+
+    Attributes:
+        h_TR: (T, R) of the dtype of gate and up; unit column stride, any row stride. Must not overlap what is written.
+        B_2IR: (2 I, R) likewise.
+    """
+
+    h_TR: torch.Tensor
+    B_2IR: torch.Tensor
+
+
+MOST_ADDED = 64  # columns R: more would fill the registers and shared memory of a program
+
+
+def swiglu(gate_up_T2I: torch.Tensor, out_TI: torch.Tensor, added: Added | None = None) -> None:
     """Write silu(gate) * up; silu is rounded to the dtype before the product, as transformers does.
 
     Args:
         gate_up_T2I: (T, 2 I or more) gate in the first I columns, up in the next I.
         out_TI: (T, I) written; its width is I. Must not overlap gate_up.
+        added: what is added to gate and up first.
     Raises:
-        ValueError: shapes or strides that do not fit.
-    Memory: none on CUDA; on CPU two fp32 copies of gate.
+        ValueError: shapes, strides or dtypes that do not fit.
+    Memory: none on CUDA; on CPU two fp32 copies of gate, and with `added` two of gate and up and one in the dtype.
     Source: GLU variants, arXiv:2002.05202. Differs: no.
     """
     rows, width = out_TI.shape
     require("out_TI", out_TI, rows, width)
     require("gate_up_T2I", gate_up_T2I, rows, 2 * width)
+    _check(added, gate_up_T2I, width)
     if use_triton(out_TI):
         from fitune.kernels import swiglu_triton
 
-        swiglu_triton.swiglu(gate_up_T2I, out_TI)
+        swiglu_triton.swiglu(gate_up_T2I, out_TI, added)
     else:
-        swiglu_reference(gate_up_T2I, out_TI)
+        swiglu_reference(gate_up_T2I, out_TI, added)
 
 
-def swiglu_reference(gate_up_T2I: torch.Tensor, out_TI: torch.Tensor) -> None:
+def swiglu_reference(gate_up_T2I: torch.Tensor, out_TI: torch.Tensor, added: Added | None = None) -> None:
     """Plain PyTorch `swiglu`."""
     width = out_TI.shape[1]
-    gate_TI, up_TI = gate_up_T2I[:, :width], gate_up_T2I[:, width : 2 * width]
+    gate_TI, up_TI = _gate_and_up(gate_up_T2I, width, added)
     silu_TI = torch.nn.functional.silu(gate_TI.float()).to(gate_TI.dtype)
     out_TI.copy_(silu_TI.float() * up_TI.float())
 
 
 def swiglu_backward(
-    dact_TI: torch.Tensor, gate_up_T2I: torch.Tensor, dgate_up_T2I: torch.Tensor, act_TI: torch.Tensor | None
+    dact_TI: torch.Tensor,
+    gate_up_T2I: torch.Tensor,
+    dgate_up_T2I: torch.Tensor,
+    act_TI: torch.Tensor | None,
+    added: Added | None = None,
 ) -> None:
     """Write the gradient of gate and up, and the activation again if asked.
 
@@ -54,9 +78,10 @@ def swiglu_backward(
         gate_up_T2I: (T, 2 I or more) what `swiglu` read.
         dgate_up_T2I: (T, 2 I or more) written in its first 2 I columns; may be gate_up itself.
         act_TI: (T, I) `swiglu`'s output is written here; may be dact itself. None: not wanted.
+        added: what `swiglu` added; its own gradient is dgate_up's.
     Raises:
-        ValueError: shapes or strides that do not fit.
-    Memory: none on CUDA; on CPU about six fp32 copies of gate.
+        ValueError: shapes, strides or dtypes that do not fit.
+    Memory: none on CUDA; on CPU about six fp32 copies of gate, and with `added` as in `swiglu`.
     """
     rows, width = dact_TI.shape
     require("dact_TI", dact_TI, rows, width)
@@ -64,20 +89,25 @@ def swiglu_backward(
     require("dgate_up_T2I", dgate_up_T2I, rows, 2 * width)
     if act_TI is not None:
         require("act_TI", act_TI, rows, width)
+    _check(added, gate_up_T2I, width)
     if use_triton(dact_TI):
         from fitune.kernels import swiglu_triton
 
-        swiglu_triton.swiglu_backward(dact_TI, gate_up_T2I, dgate_up_T2I, act_TI)
+        swiglu_triton.swiglu_backward(dact_TI, gate_up_T2I, dgate_up_T2I, act_TI, added)
     else:
-        swiglu_backward_reference(dact_TI, gate_up_T2I, dgate_up_T2I, act_TI)
+        swiglu_backward_reference(dact_TI, gate_up_T2I, dgate_up_T2I, act_TI, added)
 
 
 def swiglu_backward_reference(
-    dact_TI: torch.Tensor, gate_up_T2I: torch.Tensor, dgate_up_T2I: torch.Tensor, act_TI: torch.Tensor | None
+    dact_TI: torch.Tensor,
+    gate_up_T2I: torch.Tensor,
+    dgate_up_T2I: torch.Tensor,
+    act_TI: torch.Tensor | None,
+    added: Added | None = None,
 ) -> None:
     """Plain PyTorch `swiglu_backward`."""
     width = dact_TI.shape[1]
-    gate_TI, up_TI = gate_up_T2I[:, :width].float(), gate_up_T2I[:, width : 2 * width].float()
+    gate_TI, up_TI = (half_TI.float() for half_TI in _gate_and_up(gate_up_T2I, width, added))
     d_TI = dact_TI.float()
     sigmoid_TI = torch.sigmoid(gate_TI)
     silu_TI = torch.nn.functional.silu(gate_TI).to(gate_up_T2I.dtype).float()
@@ -88,6 +118,33 @@ def swiglu_backward_reference(
     dgate_up_T2I[:, width : 2 * width] = dup_TI
     if act_TI is not None:
         act_TI.copy_(made_TI)
+
+
+def _gate_and_up(gate_up_T2I: torch.Tensor, width: int, added: Added | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both halves; with what is added, rounded to their dtype."""
+    gate_up_T2I = gate_up_T2I[:, : 2 * width]
+    if added is not None:
+        total_T2I = torch.addmm(gate_up_T2I.float(), added.h_TR.float(), added.B_2IR.float().t())
+        gate_up_T2I = total_T2I.to(gate_up_T2I.dtype)
+    return gate_up_T2I[:, :width], gate_up_T2I[:, width:]
+
+
+def _check(added: Added | None, gate_up_T2I: torch.Tensor, width: int) -> None:
+    """Refuse what cannot be added to gate and up."""
+    if added is None:
+        return
+    columns = added.h_TR.shape[-1]
+    if not 0 < columns <= MOST_ADDED or added.B_2IR.shape[-1] != columns:
+        raise ValueError(
+            f"h_TR has {columns} columns, B_2IR {added.B_2IR.shape[-1]}; needed: as many of one as of the other, 1 to "
+            f"{MOST_ADDED}"
+        )
+    require("h_TR", added.h_TR, gate_up_T2I.shape[0], columns)
+    require("B_2IR", added.B_2IR, 2 * width, columns)
+    if not added.h_TR.dtype == added.B_2IR.dtype == gate_up_T2I.dtype:
+        raise ValueError(
+            f"h_TR is {added.h_TR.dtype}, B_2IR {added.B_2IR.dtype}, gate_up_T2I {gate_up_T2I.dtype}; needed: one dtype"
+        )
 
 
 def gelu(x_TI: torch.Tensor, out_TI: torch.Tensor) -> None:
