@@ -55,9 +55,11 @@ def planned(
         extra: section -> settings over those of the work item.
     """
     if record["kind"] == "rows":
-        # The lengths are those of files that need not be here; a packed micro-step has at most its slots.
+        # The lengths are those of files that need not be here; older records do not say what came of them.
         config = build(rows.config("model", "data", record["rows"], 1, "cuda"))
-        return plan_memory(_arch("llama-3.2-1b"), config, "not read", find_gpu(gpu))
+        largest = record.get("largest_micro_step")
+        lengths = Lengths((largest,)) if largest else "not read"
+        return plan_memory(_arch("llama-3.2-1b"), config, lengths, find_gpu(gpu))
     work = replace(WORKS[record["row"]], level=_level(record["note"]), **(change or {}))
     lengths = Lengths((work.tokens,) * work.rows)
     return plan_memory(_arch(work.model), config_of(work, Path("model"), "cuda", extra), lengths, find_gpu(gpu))

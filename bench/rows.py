@@ -108,10 +108,18 @@ def ours(
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     result = json.loads((target / "run" / "result.json").read_text(encoding="utf-8"))
     return _rates(lines, arrivals, started, ended) | {
+        "largest_micro_step": largest_micro_step(file),
         "allocated_bytes": result["peak_memory_bytes"],
         "note": next((line for line in words.splitlines() if " path: " in line), ""),
         "losses": [line["loss"] for line in (lines if path else (lines[0], lines[-1]))],
     }
+
+
+def largest_micro_step(file: Path) -> int:
+    """Tokens of the static size that the longest micro-step of a run file takes, as `fitune plan` finds it."""
+    command = [sys.executable, "-c", COMMAND, "plan", str(file), "--json"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(json.loads(plan)["step"]["planned_tokens"])
 
 
 def _watch(command: list[str], metrics: Path, said: Path) -> tuple[float, list[float], float]:

@@ -14,7 +14,6 @@ MICRO_TOKENS = (16384, 131072)
 FIT: dict[str, Any] = {"rows": 1, "r": 32, "targets": "linear", "quantization": "nf4", "checkpointing": True}
 FIT_SETTINGS: dict[str, Any] = {"train": {"optimizer": "adamw8bit"}}  # as those do whose lengths are published
 GRAIN = 256  # tokens
-LIBRARY_BYTES = 170_000_000  # what kernels of libraries take of the device besides, once they are loaded
 LIMIT = 131072  # the models' positions
 
 
@@ -61,11 +60,12 @@ def fit(runner: Runner, caps: Sequence[float], models: Path) -> None:
 def planned(cap_bytes: int) -> int:
     """The longest row that `fitune plan` says fits into a cap, CUDA context included; a multiple of `GRAIN`."""
     from bench.plan import planned as plan_of  # it needs torch, which most commands here do not
+    from fitune.plan.budget import needed_bytes
 
     def fits(tokens: int) -> bool:
         shape = {key: FIT[key] for key in ("rows", "r", "targets")} | {"tokens": tokens}
         record = {"kind": "step", "row": "8b-nf4", "note": "keeps `offload`"}
-        return plan_of(record, None, shape, FIT_SETTINGS).device_bytes <= cap_bytes
+        return needed_bytes(plan_of(record, None, shape, FIT_SETTINGS)) <= cap_bytes
 
     below, above = 0, LIMIT // GRAIN + 1
     while above - below > 1:
@@ -105,7 +105,7 @@ def _guess(used: dict[int, int], cap_bytes: int, between: tuple[int, int], expec
     fits, refused = between
     notch = max(GRAIN, max(fits, expected) // 50)
     if not used:
-        tokens = max(refused - 2 * notch, refused // 2) if refused <= expected else expected
+        tokens = max(refused - notch, refused // 2) if refused <= expected else expected
     elif len(used) == 1:
         tokens = fits + notch if used[fits] > 0.9 * cap_bytes else 4 * fits
     else:
@@ -121,18 +121,14 @@ def _guess(used: dict[int, int], cap_bytes: int, between: tuple[int, int], expec
 
 
 def probe_task(tokens: int, cap_bytes: int, models: str) -> dict[str, Any]:
-    """Try one length in a child: PyTorch's allocator is held to the cap less the context; nobody else uses the GPU."""
+    """Try one length in a child with the cap as its memory.budget; nobody else uses the GPU."""
     import torch
 
     from bench import ours
 
-    torch.zeros(1, device="cuda")
-    free, total = torch.cuda.mem_get_info()
-    context_bytes = total - free - torch.cuda.memory_reserved() + LIBRARY_BYTES
     change = {**FIT, "tokens": tokens, "warmup": 0, "steps": 1}  # its first micro-step runs twice: once to be captured
-    budget = {"memory": {"budget": (cap_bytes - context_bytes) / 1e9}, **FIT_SETTINGS}
     try:
-        found = ours.step("8b-nf4", models, "cuda", change, budget)
+        found = ours.step("8b-nf4", models, "cuda", change, {"memory": {"budget": cap_bytes / 1e9}, **FIT_SETTINGS})
     except torch.OutOfMemoryError:
-        return {"trained": False, "context_bytes": context_bytes}
-    return {**found, "trained": True, "context_bytes": context_bytes}
+        return {"trained": False}
+    return {**found, "trained": True}

@@ -11,6 +11,7 @@ import torch
 
 from fitune.config import RunConfig
 from fitune.errors import OutOfMemoryError
+from fitune.plan.hardware import find_gpu
 from fitune.plan.saves import level_of
 
 
@@ -31,16 +32,18 @@ def process_state() -> Iterator[None]:
 
 
 def set_up_device(config: RunConfig, device: torch.device) -> None:
-    """Apply train.deterministic and memory.budget."""
+    """Apply train.deterministic and memory.budget: PyTorch's allocator gets what the CUDA context leaves of it."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when its first handle is made
     torch.use_deterministic_algorithms(config.train.deterministic)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        total = torch.cuda.get_device_properties(device).total_memory
+        properties = torch.cuda.get_device_properties(device)
+        total = properties.total_memory
         # Also without a budget: an earlier run in this process may have set one.
         budget = total if config.memory.budget is None else config.memory.budget * 1e9
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+        outside = 0 if config.memory.budget is None else find_gpu(properties.name).context_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, budget - outside) / total), device)
 
 
 @contextmanager
