@@ -314,6 +314,11 @@ def rename(tensors):
         (lambda t: t.update({A: t[A][:4]}), CheckpointError, "no A and B of rank 8 for it"),
         (lambda t: t.pop(A), CheckpointError, "no A and B of rank 8 for it"),
         (rename, CheckpointError, "it changes model.layers.9.mlp.down_proj.weight, which is not there"),
+        (
+            lambda t: t.update({A: t[A] * float("nan")}),
+            CheckpointError,
+            "lora_A.weight holds values that are not finite",
+        ),
         (lambda t: t.update({A: t[A] * 1e9}), ConfigError, "not finite after merging in torch.float16; use --dtype"),
     ],
 )

@@ -112,6 +112,10 @@ def _multiply(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     try:
-        return dict(json.loads(config.read_text(encoding="utf-8"))), load_file(weights)
+        settings, tensors = dict(json.loads(config.read_text(encoding="utf-8"))), load_file(weights)
     except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{adapter}: the adapter cannot be read ({error})") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{adapter}: {name} holds values that are not finite: it is damaged, or diverged")
+    return settings, tensors
