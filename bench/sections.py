@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bench.goals import ROWS_GOALS
 from bench.markdown import GB, Record, failure, newest, ratio, table
+from bench.sweep import LIMIT
 
 
 def rows_section(records: Sequence[Record]) -> str:
@@ -41,7 +42,8 @@ def rows_section(records: Sequence[Record]) -> str:
 
 def rows_path_section(records: Sequence[Record]) -> str:
     """Real rows through `fitune train` on both paths."""
-    found = newest(records, "path")
+    updates = records[-1]["updates"]
+    found = newest([record for record in records if record["updates"] == updates], "path")
     lines = []
     for (path,), record in found.items():
         if record["status"] != "ok":
@@ -52,7 +54,6 @@ def rows_path_section(records: Sequence[Record]) -> str:
         speed = [f"{record['real_tokens_per_second']:,}", f"{record['allocated_bytes'] / GB:.2f}"]
         lines.append([path, f"{losses[0]:.4f} -> {losses[-1]:.4f}", *apart, *speed])
     head = ["path", "loss, first -> last", "largest deviation from plain", "mean deviation", "real tokens/s", "peak GB"]
-    updates = records[-1]["updates"]
     return f"## Real rows through `fitune train`, {updates} updates of 32, both paths\n\n" + table(head, lines)
 
 
@@ -87,9 +88,10 @@ def sweep_section(records: Sequence[Record]) -> str:
 
 def fit_section(records: Sequence[Record]) -> str:
     """The longest rows inside memory caps."""
+    names = ("planned_tokens", "tokens", "refused_tokens")
     lines = [
         [f"{cap:g}"]
-        + [f"{record[key]:,}" if key in record else "-" for key in ("planned_tokens", "tokens", "refused_tokens")]
+        + [f"{record[name]:,}" if 0 < record.get(name, 0) <= LIMIT else "-" for name in names]  # else: never tried
         + [record["status"]]
         for (cap,), record in newest(records, "cap_gb").items()
     ]

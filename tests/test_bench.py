@@ -251,6 +251,8 @@ def test_both_paths_see_the_same_real_rows(tmp_path, monkeypatch):
     assert fast["losses"] == pytest.approx(plain["losses"], rel=1e-3)
     text = markdown([plain | {"losses": [2.0, 1.0]}, fast | {"losses": [2.25, 0.5]}])
     assert "3 updates of 32" in text
+    older = plain | {"updates": 7, "losses": [1.0] * 7}
+    assert text == markdown([older, plain | {"losses": [2.0, 1.0]}, fast | {"losses": [2.25, 0.5]}])
     assert "| fast | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 |" in text
 
 
@@ -295,6 +297,8 @@ def test_curves_and_lengths_are_shown():
     text = markdown([one, two, fit, length])
     assert "| 1b | nf4 | fast | F | 2.2500 -> 0.5000 | 5.00e-01 | 3.75e-01 | 1.00e-02, 2.00e-02 |" in text
     assert "| 8 | 8,192 | 8,192 | 8,448 | ok |" in text
+    untried = fit | {"tokens": 0, "refused_tokens": sweep.LIMIT + sweep.GRAIN}
+    assert "| 8 | 8,192 | - | - | ok |" in markdown([untried])
     assert "| `1b` | 16,384 | 256 | 20.0 | 102,400 | 550 | 3.00 | 3.00 | F |" in text
 
 

@@ -1,5 +1,6 @@
 """Each case of cases.py through the command line: exit code, message, no traceback; docs/errors.md is current."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from cases import CASES, Case, Place
 from fitune.cli import main
 from fitune.config import build
 from fitune.training import run
+from make_docs import _cell as shown_in_docs
 
 ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "errors.md"
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +37,20 @@ def test_each_mistake_is_explained(case: Case, tiny, finished, tmp_path, capsys)
     assert code == case.code, shown.err
     assert case.says in shown.err + shown.out
     assert "Traceback" not in shown.err
+    said = shown.err or next(line for line in shown.out.splitlines() if case.says in line)
+    row = f"| {case.what} | {code} | {shown_in_docs(said, tmp_path.parent)} |\n"
+    row = row.partition("<br>")[0]  # which of its files are damaged how is the run's own
+    assert without_folders(row) in without_folders(PAGE.read_text(encoding="utf-8")), "run `make docs`"
     if arguments[0] == "train" and "already" not in case.what:
         assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
 
 
+def without_folders(text):
+    """Where a case stands differs; what it says of it does not."""
+    return re.sub(r"[\w./&-]*\.\.\.[\w./&-]*", "...", text)
+
+
 def test_the_page_lists_every_case():
-    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     for case in CASES:
         assert f"| {case.what} |" in page, "run `make docs`"

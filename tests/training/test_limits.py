@@ -1,35 +1,84 @@
 """memory.budget as PyTorch's allocator gets it."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fitune.config import build
-from fitune.training.limits import process_state, set_up_device
+from fitune.errors import OutOfMemoryError
+from fitune.training.limits import set_up_device
 
 TOTAL = 100_000_000_000
 
 
-@pytest.mark.parametrize(
-    ("budget", "share"),
-    [(None, 1.0), (8.0, 0.072), (0.5, 0.0), (200.0, 1.0)],  # less what the context takes: 0.8 GB on an H200
-)
-def test_the_allocator_gets_what_the_context_leaves(tree, monkeypatch, budget, share):
-    given = []
+@pytest.fixture
+def given(monkeypatch):
+    """The shares of an H200's memory that the allocator is held to."""
+    shares = []
     properties = SimpleNamespace(total_memory=TOTAL, name="NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: given.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    return shares
+
+
+@pytest.mark.parametrize(
+    ("budget", "share"),
+    [(None, 1.0), (8.0, 0.072), (200.0, 1.0)],  # less what the context takes: 0.8 GB
+)
+def test_the_allocator_gets_what_the_context_leaves(tree, given, budget, share):
     tree["memory"] = {"budget": budget}
     set_up_device(build(tree), torch.device("cuda"))
     assert given == [pytest.approx(share)]
 
 
-def test_switches_are_put_back():
-    before = torch.backends.cudnn.allow_tf32
-    with process_state():
-        assert not torch.backends.cudnn.allow_tf32
-        torch.use_deterministic_algorithms(True)
-    assert torch.backends.cudnn.allow_tf32 == before
-    assert not torch.are_deterministic_algorithms_enabled()
+def test_a_budget_below_the_context_is_refused(tree, given):
+    tree["memory"] = {"budget": 0.5}
+    with pytest.raises(
+        OutOfMemoryError, match=r"0.5 GB, of which the CUDA context alone takes 0.8; raise memory.budget"
+    ):
+        set_up_device(build(tree), torch.device("cuda"))
+    assert not given
+
+
+SWITCHES = """
+import torch
+from fitune.training.limits import process_state
+
+backends, cudnn = torch.backends, torch.backends.cudnn
+{before}
+def read():
+    try:
+        older = cudnn.allow_tf32
+    except RuntimeError:
+        older = "contradicts"
+    return older, cudnn.rnn.fp32_precision, cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()
+found = read()
+with process_state():
+    assert cudnn.allow_tf32 is False
+    assert cudnn.rnn.fp32_precision == cudnn.conv.fp32_precision == "ieee"
+    torch.use_deterministic_algorithms(True)
+assert read() == found, (found, read())
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "cudnn.allow_tf32 = False",
+        "backends.fp32_precision = 'tf32'",
+        "backends.fp32_precision = 'ieee'",
+        "cudnn.fp32_precision = 'ieee'",
+        "cudnn.rnn.fp32_precision = 'ieee'",
+        "cudnn.conv.fp32_precision = 'ieee'",
+        "cudnn.rnn.fp32_precision = cudnn.conv.fp32_precision = 'ieee'",
+        "cudnn.rnn.fp32_precision = cudnn.conv.fp32_precision = 'none'",
+    ],
+)
+def test_switches_are_put_back(before):
+    """In a process of its own: PyTorch has two sets of these switches, and not every state can be left again."""
+    subprocess.run([sys.executable, "-W", "error", "-c", SWITCHES.format(before=before)], check=True, timeout=120)

@@ -45,6 +45,10 @@ def test_same_values_and_states(weight_decay):
     train(one, apart, 4)
     train(two, together, 4)
     assert len(two.gradients()) == 1
+    places = [p.grad.data_ptr() for p in together.values()]
+    two.zero()  # in place: captured graphs add to these very gradients
+    assert not vectors[1].any()
+    assert [p.grad.data_ptr() for p in together.values()] == places
     for name in apart:
         torch.testing.assert_close(together[name], apart[name], rtol=1e-6, atol=0)  # a CPU rounds ends of vectors apart
     assert one.state().keys() == two.state().keys()

@@ -86,7 +86,7 @@ class Workspace(NamedTuple):
 
     Attributes:
         delta_hT: (h, T) fp32, contiguous.
-        spare: contiguous memory of any dtype that starts on 16 bytes: with it few key/value heads keep more of the GPU
+        spare: (n,) memory of any dtype that starts on 16 bytes: with it few key/value heads keep more of the GPU
             busy. None: there is none.
     """
 

@@ -39,7 +39,7 @@ class Hardware:
 CPU = Hardware("CPU", 0, 0, measured=True)
 # The workspace before Hopper is 8.125 MiB, on it (sm90) 32 MiB.
 # Measured: memory in use on the device during `python -m bench step` by the driver's counter, less what is in use when
-# idle, less what the allocator had reserved: 0.80 GB in every run (docs/results/plan.md).
+# idle, less what the allocator had reserved: 0.73 to 0.82 GB in all runs but two (docs/memory.md).
 H200 = Hardware("NVIDIA H200", 800_000_000, 32 * MIB, measured=True)
 HOPPER = Hardware("a Hopper GPU", 800_000_000, 32 * MIB, measured=False)
 OLDER = Hardware("a GPU before Hopper", 600_000_000, 8 * MIB + 128 * 1024, measured=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from fitune.config import RunConfig
 from fitune.plan.arch import ArchSpec
-from fitune.plan.budget import GB, fits
+from fitune.plan.budget import GB, fits, needed_bytes
 from fitune.plan.memory import MemoryPlan
 from fitune.plan.params import Count, count
 
@@ -69,6 +69,7 @@ def plan_json(plan: MemoryPlan, config: RunConfig) -> str:
         "peak_bytes": plan.peak_bytes,
         "context_bytes": job.hardware.context_bytes,
         "device_bytes": plan.device_bytes,
+        "needed_bytes": needed_bytes(plan),
         "host_bytes": plan.host_bytes,
         "lower_bound": plan.plain_reason is not None,
         "fits": fits(plan, config),

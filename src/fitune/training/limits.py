@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +22,34 @@ def process_state() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     threads = torch.get_num_threads()
-    cudnn = torch.backends.cudnn
-    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "benchmark_limit", "deterministic")}
     try:
-        with cudnn.flags(**kept, allow_tf32=False):  # an LSTM in fp32 would be rounded to 10 bits otherwise
+        with _without_tf32():
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """An LSTM in fp32 would be rounded to 10 bits by cuDNN otherwise.
+
+    PyTorch has an older and a newer set of these switches, and refuses to read the older while the newer ones say
+    otherwise: then it is the opposite of what they say.
+    """
+    cudnn: Any = torch.backends.cudnn
+    newer = cudnn.rnn.fp32_precision, cudnn.conv.fp32_precision
+    try:
+        older = cudnn.allow_tf32
+    except RuntimeError:
+        older = newer[0] != "tf32"
+    try:
+        cudnn.allow_tf32 = False  # first, since it resets the newer ones
+        cudnn.rnn.fp32_precision = cudnn.conv.fp32_precision = "ieee"
+        yield
+    finally:
+        cudnn.allow_tf32 = older
+        cudnn.rnn.fp32_precision, cudnn.conv.fp32_precision = newer
 
 
 def set_up_device(config: RunConfig, device: torch.device) -> None:
@@ -40,10 +61,15 @@ def set_up_device(config: RunConfig, device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         properties = torch.cuda.get_device_properties(device)
         total = properties.total_memory
+        budget, context = config.memory.budget, find_gpu(properties.name).context_bytes
+        if budget is not None and budget * 1e9 <= context:
+            raise OutOfMemoryError(
+                f"memory.budget is {budget:g} GB, of which the CUDA context alone takes {context / 1e9:g}; raise "
+                "memory.budget"
+            )
         # Also without a budget: an earlier run in this process may have set one.
-        budget = total if config.memory.budget is None else config.memory.budget * 1e9
-        outside = 0 if config.memory.budget is None else find_gpu(properties.name).context_bytes
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, budget - outside) / total), device)
+        left = total if budget is None else budget * 1e9 - context
+        torch.cuda.set_per_process_memory_fraction(min(1.0, left / total), device)
 
 
 @contextmanager
