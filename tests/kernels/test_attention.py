@@ -1,6 +1,7 @@
 """Attention inside documents: both bodies against a softmax written out in fp64."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,30 @@ def test_the_kernels_under_the_interpreter():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("parts", [4, 16])
+def test_adding_up_parts_needs_no_stack(parts, tmp_path):
+    """For an H200, without one: what a thread keeps in local memory is taken of the GPU for as long as a run lasts."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fitune.kernels.attention_tiles import sum_parts_kernel as kernel
+
+    (assembler, *_) = Path(triton.__file__).parent.rglob("bin/ptxas")
+    constants = {"PARTS": parts, "D": 128, "HEAD": 128, "WIDTH": 128, "ROWS": 16}
+    types = {"parts": "*fp32", "dk": "*bf16", "dv": "*bf16", "dk_stride": "i32", "dv_stride": "i32", "T": "i32"}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    places = {name: (number,) for number, name in enumerate(kernel.arg_names)}
+    multiples_of_16 = {places[name]: [["tt.divisibility", 16]] for name in types}
+    source = ASTSource(kernel, signature, {places[name]: n for name, n in constants.items()}, multiples_of_16)
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    (tmp_path / "kernel.ptx").write_text(code)
+    command = [str(assembler), "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes stack frame" in said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) < 100
 
 
 @pytest.mark.gpu
