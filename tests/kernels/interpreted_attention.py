@@ -5,23 +5,9 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_attention
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from attention_cases import LENGTHS, TOLERANCE, Case, assert_near, naive, run_triton
 from fitune.kernels.attention_triton import Tile
-
-
-@pytest.fixture(autouse=True)
-def _loop_bounds_are_integers(monkeypatch):
-    """The interpreter of Triton 3.6 makes loop bounds with int() of an array of one element; numpy 2.4 refuses that."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
-
 
 # fp16 for 16 bits: the interpreter multiplies the bits of bf16 as if they were integers
 CAUSAL = [
