@@ -21,7 +21,7 @@ from fitune.data.tokenizer import Tokenizer
 from fitune.errors import ConfigError
 from fitune.methods import adapters
 from fitune.methods.base import Method, Tensors, copy_into, trainable
-from fitune.model.libraries import import_peft
+from fitune.model.libraries import cache_name, import_peft
 from fitune.model.load import Base
 
 COMMON_TOKENS = 5_000  # vocabularies begin with what is frequent; the paper draws from as many
@@ -66,7 +66,8 @@ def _prefix(base: Base, config: MethodConfig) -> nn.Module:
     if config.start != "random":
         ids = start_ids(Tokenizer.load(base.folder), config)[None]
         with torch.no_grad():
-            cache = base.model(ids.to(next(base.model.parameters()).device), use_cache=True).past_key_values
+            output = base.model(ids.to(next(base.model.parameters()).device), use_cache=True)
+            cache = getattr(output, cache_name())
         peft.initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
     return model
 
@@ -145,7 +146,7 @@ def generation_inputs(
     prompt = wrapped.get_prompt(rows)
     inputs = {"input_ids": ids_BT, "attention_mask": torch.cat([mask_BT.new_ones(rows, count), mask_BT], 1)}
     if wrapped.active_peft_config.peft_type == "PREFIX_TUNING":
-        return base, {**inputs, "past_key_values": prompt}  # positions are counted by the mask
+        return base, {**inputs, cache_name(): prompt}  # positions are counted by the mask
     x_BTD = wrapped.word_embeddings(ids_BT)
     # Stable: among the masked and the real each keeps its order, and virtual tokens stand before the real ones.
     order_BT = inputs["attention_mask"].argsort(dim=1, stable=True)

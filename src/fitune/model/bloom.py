@@ -115,13 +115,14 @@ class BloomForCausalLM(stock.BloomForCausalLM):  # type: ignore[misc]
         Raises:
             ValueError: something asked for that these classes do not do (labels, attention weights, hidden states).
         """
+        past = kwargs.pop("cache", None) if past_key_values is None else past_key_values  # transformers 5.24 renamed it
         odd = sorted(key for key, value in kwargs.items() if value is not None and value is not False)
         if odd not in ([], ["return_dict"]):
             raise ValueError(f"fitune's BLOOM does not take {', '.join(odd)}; it gives logits")
-        outputs = self.transformer(input_ids, past_key_values, attention_mask, inputs_embeds, position_ids, use_cache)
+        outputs = self.transformer(input_ids, past, attention_mask, inputs_embeds, position_ids, use_cache)
+        hidden_BTN, *now = outputs.to_tuple()
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(None, self.lm_head(hidden_BTN[:, kept]), *now)
 
 
 def alibi_bias(

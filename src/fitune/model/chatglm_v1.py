@@ -211,7 +211,8 @@ class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ig
         Raises:
             ValueError: nothing tells where the answer begins, or something is asked for that the model does not do.
         """
-        use_cache = kwargs.pop("use_cache", None)
+        use_cache, renamed = kwargs.pop("use_cache", None), kwargs.pop("cache", None)  # in transformers 5.24
+        past_key_values = renamed if past_key_values is None else past_key_values
         odd = sorted(key for key, value in kwargs.items() if value is not None and value is not False)
         if odd not in ([], ["return_dict"]):
             raise ValueError(f"fitune's ChatGLM-6B does not take {', '.join(odd)}; it gives logits")
@@ -225,7 +226,7 @@ class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ig
             past_key_values = DynamicCache(config=self.config)
         hidden_BTN = self.transformer(x_BTN, places, past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden_BTN[:, kept]), past_key_values=past_key_values)
+        return CausalLMOutputWithPast(None, self.lm_head(hidden_BTN[:, kept]), past_key_values)
 
     def _all_ids(self, input_ids: torch.Tensor | None, token_ids: torch.Tensor | None, past: int) -> torch.Tensor:
         if token_ids is not None:

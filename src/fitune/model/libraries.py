@@ -28,6 +28,16 @@ def import_peft() -> Any:
     return peft
 
 
+def cache_name() -> str:
+    """What transformers calls keys and values of the past, in calls and outputs: `cache` since 5.24.
+
+    Before that, and for PEFT 0.21, they are `past_key_values`.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 def import_bitsandbytes() -> Any:
     """The module `bitsandbytes`, without any kernel from a hub; its multiplications on CPU take its own library.
 
