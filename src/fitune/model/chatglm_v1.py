@@ -238,9 +238,14 @@ class ChatGLMForConditionalGeneration(_PreTrained, GenerationMixin):  # type: ig
         return input_ids
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, cache: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """transformers' own, which cuts `input_ids` to the new ones, with all of them as `token_ids`."""
+        """transformers' own, which cuts `input_ids` to the new ones, with all of them as `token_ids`.
+
+        `generate` refuses a `cache` that is not named here (transformers 5.24).
+        """
+        if cache is not None:
+            kwargs["cache"] = cache
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # ours come from the tokens
         return inputs | {"token_ids": input_ids}
