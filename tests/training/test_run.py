@@ -71,6 +71,21 @@ def test_two_runs_are_bit_identical(tree, tmp_path):
     assert adapter(tmp_path / "run") == adapter(tmp_path / "again")
 
 
+def test_both_paths_take_the_same_steps(tree, tmp_path):
+    """Several updates of several micro steps, an evaluation between them: losses and gradient norms of every update."""
+    steps = {}
+    for name in ("plain", "fast"):
+        tree["output"]["dir"] = str(tmp_path / name)
+        go(tree, train__path=name, train__micro_batch_rows=1, train__max_grad_norm=0.5)
+        steps[name] = metrics(tmp_path / name)
+    for key in ("loss", "grad_norm"):
+        plain, fast = ([row[key] for row in steps[name]] for name in ("plain", "fast"))
+        assert fast == pytest.approx(plain, rel=1e-4)
+    assert metrics(tmp_path / "fast", "eval")[-1]["loss"] == pytest.approx(
+        metrics(tmp_path / "plain", "eval")[-1]["loss"], rel=1e-4
+    )
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_resumed_run_repeats_the_fast_path_s_dropout(tree, tmp_path, recompute):
     tree["method"]["target_modules"] = "linear"
