@@ -27,7 +27,7 @@ from fitune.data.prepare import Dataset, Row
 from fitune.methods import METHODS
 from fitune.model.load import count_parameters, load_base, pick_device
 from fitune.training.choose import choose_path, optimizer_for
-from fitune.training.limits import set_up_device
+from fitune.training.limits import hold_to_budget, set_up_device
 from fitune.training.loop import seed_generators
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import Path as ModelPath
@@ -104,6 +104,7 @@ def assemble(config: RunConfig, folder: Path, rows: Sequence[Row], use: DeviceUs
     use.sample()
     dataset = Dataset(train=tuple(rows), eval=(), rejected=(), fingerprint="", summary={})
     path, note = choose_path(model, base, config, dataset)
+    hold_to_budget(config, device)
     optimizer = optimizer_for(model, path, config)
     synchronize()
     use.sample()

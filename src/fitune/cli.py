@@ -200,20 +200,17 @@ def _version() -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from fitune.config import load
+    from fitune import train
 
-    config = load(options.config, options.overrides)  # before torch: a typo is answered at once
-    from fitune.training.run import train
-
-    result = train(config, quiet=options.quiet, replace=options.replace)
+    result = train(options.config, options.overrides, quiet=options.quiet, replace=options.replace)
     _say_where(result.run, options.quiet)
     return 0
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from fitune.training.run import resume
+    from fitune import resume
 
-    result = resume(Path(options.run), options.overrides, quiet=options.quiet)
+    result = resume(options.run, options.overrides, quiet=options.quiet)
     _say_where(result.run, options.quiet)
     return 0
 

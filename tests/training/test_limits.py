@@ -10,7 +10,7 @@ import torch
 
 from fitune.config import build
 from fitune.errors import OutOfMemoryError
-from fitune.training.limits import set_up_device
+from fitune.training.limits import hold_to_budget, set_up_device
 
 TOTAL = 100_000_000_000
 
@@ -22,13 +22,14 @@ def given(monkeypatch):
     properties = SimpleNamespace(total_memory=TOTAL, name="NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", dict)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
     return shares
 
 
 @pytest.mark.parametrize(
     ("budget", "share"),
-    [(None, 1.0), (8.0, 0.072), (200.0, 1.0)],  # less what the context takes: 0.8 GB
+    [(None, 1.0), (8.0, 0.07188), (200.0, 1.0)],  # less what the context takes: 0.812 GB
 )
 def test_the_allocator_gets_what_the_context_leaves(tree, given, budget, share):
     tree["memory"] = {"budget": budget}
@@ -36,10 +37,17 @@ def test_the_allocator_gets_what_the_context_leaves(tree, given, budget, share):
     assert given == [pytest.approx(share)]
 
 
+def test_the_page_table_of_page_locked_memory_counts(tree, given, monkeypatch):
+    tree["memory"] = {"budget": 8.0}
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.current": 1 << 35})
+    hold_to_budget(build(tree), torch.device("cuda"))
+    assert given == [pytest.approx((8e9 - 812e6 - (1 << 26)) / TOTAL)]
+
+
 def test_a_budget_below_the_context_is_refused(tree, given):
     tree["memory"] = {"budget": 0.5}
     with pytest.raises(
-        OutOfMemoryError, match=r"0.5 GB, of which the CUDA context alone takes 0.8; raise memory.budget"
+        OutOfMemoryError, match=r"0.5 GB, of which the CUDA context alone takes 0.81; raise memory.budget"
     ):
         set_up_device(build(tree), torch.device("cuda"))
     assert not given

@@ -73,7 +73,10 @@ class EnginePath:
         self.layers = base.get_submodule(spec.layers)
         self.virtual = virtual_tokens(model, spec, len(self.layers), self.dtype)
         self.trained = Trained([] if self.virtual else trained_parameters(model, spec), self.device)
-        self.blocks = [Block(layer, spec, level, self.dtype, self._scratch, self.trained) for layer in self.layers]
+        self.blocks: list[Block] = []
+        for layer in self.layers:
+            self.blocks.append(Block(layer, spec, level, self.dtype, self._scratch, self.trained))
+            self._give_back()  # the weights as they were, before the next block's are put together
         self.shape = self._shape(model, spec)
         for number, block in enumerate(self.blocks):
             block.shape = self.shape
@@ -197,8 +200,7 @@ class EnginePath:
         self._graphs.clear()
         self._pool = None
         self._buffers: Buffers | None = None  # freed before the larger ones are made
-        if self.device.type == "cuda":
-            cuda.empty_cache()  # fusing weights and the self-check left holes of other sizes
+        self._give_back()
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
         kept = len(self.blocks) - self.lowest
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
@@ -207,6 +209,11 @@ class EnginePath:
         names, read = integers(self.shape), documents(self.shape)
         self._integers = Integers(names, read, capacity, self._head.rows, self.device)
         self._sent_rows = None if self._hosted_VH is None else SentRows(self._hosted_VH, capacity)
+
+    def _give_back(self) -> None:
+        """Free memory that PyTorch holds but nothing uses: later buffers have other sizes."""
+        if self.device.type == "cuda":
+            cuda.empty_cache()
 
     def _run(self, batch: Batch, scale: float | None) -> torch.Tensor:
         rows, tokens = flatten(batch, self._blank, self.shape.virtual)

@@ -55,8 +55,13 @@ class MemoryPlan:
 
     @property
     def device_bytes(self) -> int:
-        """The same with the CUDA context: what the device loses to the run."""
-        return self.peak_bytes + self.job.hardware.context_bytes
+        """The same with `context_bytes`: what the device loses to the run."""
+        return self.peak_bytes + self.context_bytes
+
+    @property
+    def context_bytes(self) -> int:
+        """What the device holds outside the allocator: the CUDA context, and the page table of `host_bytes`."""
+        return self.job.hardware.outside_bytes(self.host_bytes)
 
     @property
     def host_bytes(self) -> int:

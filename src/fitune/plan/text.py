@@ -67,7 +67,7 @@ def plan_json(plan: MemoryPlan, config: RunConfig) -> str:
         "phases": plan.phases,
         "peak_phase": plan.peak_phase,
         "peak_bytes": plan.peak_bytes,
-        "context_bytes": job.hardware.context_bytes,
+        "context_bytes": plan.context_bytes,
         "device_bytes": plan.device_bytes,
         "needed_bytes": needed_bytes(plan),
         "host_bytes": plan.host_bytes,
@@ -119,7 +119,7 @@ def _verdict(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
 
 
 def _with_context(plan: MemoryPlan) -> str:
-    return f"; {plan.device_bytes / GB:.3f} GB with the CUDA context" if plan.job.hardware.context_bytes else ""
+    return f"; {plan.device_bytes / GB:.3f} GB with the CUDA context" if plan.context_bytes else ""
 
 
 def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:

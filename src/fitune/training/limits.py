@@ -53,23 +53,37 @@ def _without_tf32() -> Iterator[None]:
 
 
 def set_up_device(config: RunConfig, device: torch.device) -> None:
-    """Apply train.deterministic and memory.budget: PyTorch's allocator gets what the CUDA context leaves of it."""
+    """Apply train.deterministic and memory.budget."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when its first handle is made
     torch.use_deterministic_algorithms(config.train.deterministic)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        properties = torch.cuda.get_device_properties(device)
-        total = properties.total_memory
-        budget, context = config.memory.budget, find_gpu(properties.name).context_bytes
-        if budget is not None and budget * 1e9 <= context:
-            raise OutOfMemoryError(
-                f"memory.budget is {budget:g} GB, of which the CUDA context alone takes {context / 1e9:g}; raise "
-                "memory.budget"
-            )
-        # Also without a budget: an earlier run in this process may have set one.
-        left = total if budget is None else budget * 1e9 - context
-        torch.cuda.set_per_process_memory_fraction(min(1.0, left / total), device)
+        hold_to_budget(config, device)
+
+
+def hold_to_budget(config: RunConfig, device: torch.device) -> None:
+    """Give PyTorch's allocator what the CUDA context and the page table of page-locked memory leave of memory.budget.
+
+    To be called again when page-locked memory was made.
+
+    Raises:
+        OutOfMemoryError: they leave nothing.
+    """
+    if device.type != "cuda":
+        return
+    properties = torch.cuda.get_device_properties(device)
+    total, budget = properties.total_memory, config.memory.budget
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    context = find_gpu(properties.name).outside_bytes(pinned)
+    if budget is not None and budget * 1e9 <= context:
+        raise OutOfMemoryError(
+            f"memory.budget is {budget:g} GB, of which the CUDA context alone takes {context / 1e9:.2g}; raise "
+            "memory.budget"
+        )
+    # Also without a budget: an earlier run in this process may have set one.
+    left = total if budget is None else budget * 1e9 - context
+    torch.cuda.set_per_process_memory_fraction(min(1.0, left / total), device)
 
 
 @contextmanager

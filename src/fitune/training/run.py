@@ -35,7 +35,7 @@ from fitune.plan.arch import ArchSpec
 from fitune.plan.checks import check_run, known_arch
 from fitune.training import checkpoint, loop, samples
 from fitune.training.choose import choose_path, optimizer_for
-from fitune.training.limits import memory_errors, process_state, set_up_device
+from fitune.training.limits import hold_to_budget, memory_errors, process_state, set_up_device
 from fitune.training.metrics import memory_bytes, versions
 from fitune.training.optim import LossScale
 from fitune.training.progress import Progress
@@ -226,6 +226,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
             method.load(model, prepared.start)
     with memory_errors(config, "preparing the micro-steps", None):
         path, path_note = choose_path(model, base, config, dataset)
+        hold_to_budget(config, device)
         optimizer = optimizer_for(model, path, config)
     return Session(
         config=config,
