@@ -82,7 +82,11 @@ def pick_dtype(wanted: str | None, device: torch.device) -> str:
 
 
 def load_base(folder: Path, dtype: str, device: torch.device, quantization: str = "none") -> Base:
-    """Load the weights of `folder`, frozen; quantized ones pass through the host's memory, one layer at a time.
+    """Load the weights of `folder`, frozen.
+
+    Families that the planner knows are mapped from their files and go to the device weight by weight, cast and
+    quantized on the way, so that the device can give the memory of each back. Others are placed by transformers, which
+    may convert them.
 
     Args:
         folder: a local model folder (see `model.folder.resolve_folder`).
@@ -92,20 +96,23 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
         MemoryError: the host has too little memory (torch.OutOfMemoryError: the GPU has).
-    Memory: parameters * bytes(dtype), plus one shard while it is read. Quantized: on the device the result and at most
-        100 MB; on the host pages of the weight files, or, if `dtype` is not the files', a copy of the model.
+    Memory: on the device the result; quantized at most 100 MB besides. On the host pages of the weight files; of a
+        family that is not known and quantized, or stored in several dtypes, a copy of what is not in `dtype`.
     """
     raw = inspect_folder(folder)
     if raw.quantization != "none" and quantization not in ("none", raw.quantization):
         raise ConfigError(f"{folder} holds weights in {raw.quantization}, which cannot become {quantization}")
     model_class, options = class_and_options(folder, raw, dtype)
-    _check_shapes(folder, raw)
-    if quantization == raw.quantization == "none":
+    weights, wanted = _checked_weights(folder, raw), DTYPES[dtype]
+    known = raw.quantization == "none" and known_arch(raw.config) is not None
+    if known and len(weights.dtypes) == 1 and weights.dtypes <= set(DTYPES.values()):
+        (options["dtype"],) = weights.dtypes  # not cast, so still pages of the files
+    elif quantization == raw.quantization == "none" and not known:
         options["device_map"] = {"": device}
     model: Any  # a transformers model
     with reading(folder):
         if raw.quantization != "none":
-            model, report = load_stored(model_class, options, folder, open_weights(folder, raw), device)
+            model, report = load_stored(model_class, options, folder, weights, device)
         elif raw.weights_format == "safetensors" and raw.original is None:
             options |= {"use_safetensors": True, "local_files_only": True}
             model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
@@ -115,7 +122,11 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
             del state
     check_report(folder, model, report)
     if quantization != "none" and raw.quantization == "none":
-        quantize_blocks(model, quantization, device)
+        quantize_blocks(model, quantization, device, wanted if known else None)
+    if known:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device, wanted)
+        model.config.dtype = wanted
     model = model.to(device)
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -190,27 +201,28 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
     return config, model_class
 
 
-def _check_shapes(folder: Path, raw: ModelFolder) -> None:
-    """Refuse damaged files and weights of another shape than config.json says, from the headers of the files.
+def _checked_weights(folder: Path, raw: ModelFolder) -> WeightFiles:
+    """The weights of a folder; damaged files and other shapes than config.json says are refused, from their headers.
 
     transformers would read the weights first, and fail in other words where one of two tied ones is of another shape.
     Families that the planner does not know are left to its report.
     """
     with reading(folder):
-        shapes = open_weights(folder, raw).shapes
+        weights = open_weights(folder, raw)
     arch = known_arch(raw.config)
     if arch is None or raw.quantization != "none":
-        return
+        return weights
     wanted = {p.name.format(i): p.shape for p in arch.parameters for i in range(p.copies)}
     wanted.setdefault("lm_head.weight", (arch.vocab, arch.hidden))  # tied, it may be in the files as well
     prefix = arch.block.partition(".")[0] + "."  # files of a model without its head lack it
     odd = [
         _differs(name, shape, needed)
-        for name, shape in shapes.items()
+        for name, shape in weights.shapes.items()
         if (needed := wanted.get(name) or wanted.get(prefix + name)) not in (None, tuple(shape))
     ]
     if odd:
         raise _belongs_elsewhere(folder, "of another shape than config.json says", odd)
+    return weights
 
 
 def _belongs_elsewhere(folder: Path, kind: str, keys: list[str]) -> ConfigError:

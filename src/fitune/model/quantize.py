@@ -48,6 +48,7 @@ class QuantLinear(nn.Linear):
         bias: (N,) or None.
         quantization: one of `QUANTIZATIONS`.
         device: where the layer is made; None: where the weight is.
+        dtype: what weight and bias are rounded to before, slice by slice; None: the weight's.
     Memory: per weight 1 byte (int8, fp8; 4 more per row) or 0.516 bytes (nf4, fp4).
     """
 
@@ -63,13 +64,18 @@ class QuantLinear(nn.Linear):
     threshold = 6.0
 
     def __init__(
-        self, weight_NK: torch.Tensor, bias: torch.Tensor | None, quantization: str, device: torch.device | None = None
+        self,
+        weight_NK: torch.Tensor,
+        bias: torch.Tensor | None,
+        quantization: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
-        device = device or weight_NK.device
-        bias = None if bias is None else bias.detach().to(device)
-        stored = _quantize(weight_NK.detach(), quantization, device)
-        self._fill(stored, weight_NK.shape, bias, quantization, weight_NK.dtype)
+        device, dtype = device or weight_NK.device, dtype or weight_NK.dtype
+        bias = None if bias is None else bias.detach().to(device, dtype)
+        stored = _quantize(weight_NK.detach(), quantization, device, dtype)
+        self._fill(stored, weight_NK.shape, bias, quantization, dtype)
 
     @classmethod
     def stored(
@@ -211,7 +217,9 @@ class _Fp8(torch.autograd.Function):
         return dx, _bias_gradient(ctx, dy), None
 
 
-def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -> None:
+def quantize_blocks(
+    model: nn.Module, quantization: str, device: torch.device, dtype: torch.dtype | None = None
+) -> None:
     """Replace the linear layers of a model's blocks by `QuantLinear` on `device`, one after another.
 
     Embeddings, norms and the output head stay as they are, and where they are.
@@ -219,6 +227,7 @@ def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -
     Args:
         model: any transformers model, usually on CPU; its blocks stand in lists, so their layers have a number in their
             name.
+        dtype: see `QuantLinear`.
     Raises:
         ConfigError: the blocks have no nn.Linear.
     Memory: on `device` the quantized layers and a few slices of `quantizers.SLICE` weights; a full-precision weight is
@@ -232,7 +241,7 @@ def quantize_blocks(model: nn.Module, quantization: str, device: torch.device) -
         )
     for name in names:
         linear = cast(nn.Linear, model.get_submodule(name))
-        model.set_submodule(name, QuantLinear(linear.weight, linear.bias, quantization, device))
+        model.set_submodule(name, QuantLinear(linear.weight, linear.bias, quantization, device, dtype))
         del linear  # before the next one is quantized
 
 
@@ -280,13 +289,15 @@ def emulation_note(model: nn.Module) -> str | None:
     )
 
 
-def _quantize(weight_NK: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
+def _quantize(
+    weight_NK: torch.Tensor, quantization: str, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     if quantization == "int8":
-        return quantize_int8(weight_NK, device)
+        return quantize_int8(weight_NK, device, dtype)
     if quantization == "fp8":
-        return quantize_fp8(weight_NK, device)
+        return quantize_fp8(weight_NK, device, dtype)
     if quantization in ("nf4", "fp4"):
-        return quantize_4bit(weight_NK, quantization, device)
+        return quantize_4bit(weight_NK, quantization, device, dtype)
     raise ConfigError(f"quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
 
 

@@ -52,12 +52,15 @@ def absmax_table() -> torch.Tensor:
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
-def quantize_int8(weight_NK: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+def quantize_int8(
+    weight_NK: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """round(weight * 127 / absmax of the row).
 
     Args:
         weight_NK: (N, K) fp32, fp16 or bf16, on any device. Read only.
         device: where the result goes and the work is done.
+        dtype: what weights are rounded to before; None: they are not.
     Returns:
         codes (N, K) int8 and scale (N,) fp32, the largest magnitude of each row.
     Memory: the result and two fp32 slices.
@@ -66,14 +69,16 @@ def quantize_int8(weight_NK: torch.Tensor, device: torch.device) -> dict[str, to
     codes_NK = torch.empty(weight_NK.shape, dtype=torch.int8, device=device)
     scale_N = torch.empty(weight_NK.shape[0], device=device)
     for rows in _row_slices(weight_NK):
-        part = weight_NK[rows].to(device).float()
+        part = _rounded(weight_NK[rows], device, dtype).float()
         scale_N[rows] = part.abs().amax(dim=1)
         # A row of zeros has no scale; its codes are 0.
         codes_NK[rows] = (part * (127.0 / scale_N[rows, None])).nan_to_num_(0.0).round_().to(torch.int8)
     return {"codes": codes_NK, "scale": scale_N}
 
 
-def quantize_fp8(weight_NK: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+def quantize_fp8(
+    weight_NK: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Rows of e4m3 codes, see `kernels.fp8.quantize_rows`.
 
     Returns:
@@ -83,11 +88,13 @@ def quantize_fp8(weight_NK: torch.Tensor, device: torch.device) -> dict[str, tor
     codes_NK = torch.empty(weight_NK.shape, dtype=E4M3, device=device)
     scale_N = torch.empty(weight_NK.shape[0], device=device)
     for rows in _row_slices(weight_NK):
-        quantize_rows(weight_NK[rows].to(device), codes_NK[rows], scale_N[rows])
+        quantize_rows(_rounded(weight_NK[rows], device, dtype), codes_NK[rows], scale_N[rows])
     return {"codes": codes_NK, "scale": scale_N}
 
 
-def quantize_4bit(weight_NK: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
+def quantize_4bit(
+    weight_NK: torch.Tensor, quantization: str, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """The nearest of 16 values times the absmax of 64 weights; the absmax values are quantized to 8 bits themselves.
 
     Blocks run over the flattened matrix, from row to row. The layout is that of `kernels.dequantize.dequantize_4bit`.
@@ -107,7 +114,7 @@ def quantize_4bit(weight_NK: torch.Tensor, quantization: str, device: torch.devi
     ascending = table[order].to(device)
     bounds, order = (ascending[:-1] + ascending[1:]) / 2, order.to(device, torch.uint8)
     for start in range(0, flat.numel(), SLICE):
-        part = flat[start : start + SLICE].to(device).float()
+        part = _rounded(flat[start : start + SLICE], device, dtype).float()
         scaled, absmax = scaled_blocks(part)
         absmax_G[start // BLOCK_SIZE :][: absmax.numel()] = absmax
         if scaled.numel() % 2:
@@ -151,6 +158,10 @@ def _nearest_on_grid() -> torch.Tensor:
     table = absmax_table()
     grid = torch.arange(_GRID) * 2.0 / (_GRID - 1) - 1.0
     return torch.searchsorted((table[:-1] + table[1:]) * 0.5, grid).to(torch.uint8)
+
+
+def _rounded(part: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    return part.to(device).to(dtype or part.dtype)
 
 
 def _row_slices(weight_NK: torch.Tensor) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from fitune.plan.part import AGAIN, READY, STEP, Part
 from fitune.plan.saves import (
     GROUPS,
     block_saves,
-    check_tokens,
+    checked_tokens,
     documents,
     head_bytes,
     head_rows,
@@ -310,7 +310,7 @@ def _check_plain(job: Job) -> Part:
 
 def _checked(job: Job) -> int:
     """Tokens of the self-check, virtual ones included."""
-    return min(check_tokens(job.arch.vocab), job.step.first) + job.shape.virtual
+    return checked_tokens(job.arch.vocab, job.step.first, job.shape.virtual) + job.shape.virtual
 
 
 def _check_block(job: Job) -> int:

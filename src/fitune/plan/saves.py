@@ -237,6 +237,16 @@ def check_tokens(vocabulary: int) -> int:
     return max(32, min(256, 2**26 // (14 * vocabulary)))
 
 
+def checked_tokens(vocabulary: int, row: int, virtual: int) -> int:
+    """How many of a row's tokens the self-check takes: with the virtual ones a multiple of 16, where there are enough.
+
+    Triton compiles kernels again for sizes that are none. Those of micro-steps on a GPU are.
+    """
+    most = min(check_tokens(vocabulary), row)
+    rounded = most - (most + virtual) % 16
+    return rounded if rounded >= 16 else most
+
+
 def bucket(tokens: int, largest: int) -> int:
     """The static size a micro-step of `tokens` runs at on a GPU: eighths of the largest, in steps of 64."""
     step = max(64, -(-largest // (8 * 64)) * 64)

@@ -26,7 +26,7 @@ from fitune.engine.path import EnginePath
 from fitune.errors import FituneError
 from fitune.kernels.dropout import drop, drop_reference
 from fitune.methods.base import trainable
-from fitune.plan.saves import check_tokens
+from fitune.plan.saves import checked_tokens
 from fitune.training.path import PlainPath
 
 # Largest relative difference allowed of one tensor of a block, and of the loss. The two paths round in different places
@@ -53,7 +53,7 @@ def self_check(model: nn.Module, engine: EnginePath, row: Row) -> str:
     Raises:
         FituneError: they differ by more than the dtype's rounding explains.
     """
-    count = min(check_tokens(engine.vocabulary), row.num_tokens)
+    count = checked_tokens(engine.vocabulary, row.num_tokens, engine.shape.virtual)
     start = max(0, min(row.learn.find(1) - count // 2, row.num_tokens - count))
     part = Row(row.input_ids[start : start + count], bytes([0]) + bytes([1]) * (count - 1), row.source)
     batch = pad([part], 0) if engine.virtual else pack([part])  # PEFT wants a mask with virtual tokens
