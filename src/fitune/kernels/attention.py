@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fitune.errors import ConfigError
+from fitune.kernels.launch import use_triton
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -108,7 +109,7 @@ def attention(qkv: QKV, scoring: Scoring, out_Thd: torch.Tensor, lse_hT: torch.T
     Source: FlashAttention-2, arXiv:2307.08691. Differs: documents by index range, not by a list of lengths.
     """
     _check(qkv)
-    if qkv.q_Thd.is_cuda:
+    if use_triton(qkv.q_Thd):
         from fitune.kernels.attention_triton import attention_triton
 
         attention_triton(qkv, scoring, out_Thd, lse_hT)
@@ -140,7 +141,7 @@ def attention_backward(
     Source: FlashAttention-2, arXiv:2307.08691. Differs: dq has its own pass over the keys; no atomic sums.
     """
     _check(qkv)
-    if qkv.q_Thd.is_cuda:
+    if use_triton(qkv.q_Thd):
         from fitune.kernels.attention_triton import attention_backward_triton
 
         attention_backward_triton(qkv, scoring, dout_Thd, out_Thd, lse_hT, dqkv, workspace)

@@ -47,17 +47,16 @@ def _store(target, stride, row, left, limit, value, D: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _block(PAIRED: tl.constexpr):
-    """Which block this program takes: 0, 1, 2 ... or, if PAIRED, the even ones upwards and then the odd ones downwards.
+def _block(paired):
+    """Which block this program takes: 0, 1, 2 ... or, if paired, the even ones upwards and then the odd ones downwards.
 
     Work grows or falls along a document, so neighbouring blocks do about the same. Where all programs start at once, a
     processor gets the i-th of each half: paired, that is one with much work and one with little.
     """
     block = tl.program_id(1)
-    if PAIRED:
-        count = tl.num_programs(1)
-        block = tl.where(block < (count + 1) // 2, 2 * block, 2 * (count - 1 - block) + 1)
-    return block
+    count = tl.num_programs(1)
+    turned = tl.where(block < (count + 1) // 2, 2 * block, 2 * (count - 1 - block) + 1)
+    return tl.where(paired != 0, turned, block)
 
 
 @triton.jit
@@ -133,16 +132,16 @@ def _softmax_step(
     return accumulator, total, now_highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["paired"])
 def forward_kernel(
-    q, k, v, out, lse, start, until, slopes, q_stride, k_stride, v_stride, out_stride, T, scale,
+    q, k, v, out, lse, start, until, slopes, q_stride, k_stride, v_stride, out_stride, T, scale, paired,
     GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of M rows of one head."""
     head = tl.program_id(0)
     # Late rows see most keys: they go first, so that no long program is left at the end.
-    m0 = (tl.num_programs(1) - 1 - _block(PAIRED)) * BLOCK_M
+    m0 = (tl.num_programs(1) - 1 - _block(paired)) * BLOCK_M
     row_M = m0 + tl.arange(0, BLOCK_M)
     column_N = tl.arange(0, BLOCK_N)
     start_M = tl.load(start + row_M, row_M < T, other=T)
@@ -191,16 +190,16 @@ def _dq_step(q, k, v, dout, dq, lse2_M, delta_M, scale2, bias_N, keep, MASKED: t
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["paired"])
 def dq_kernel(
     q, k, v, out, dout, dq, lse, delta, start, until, slopes,
-    q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, T, scale,
+    q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, T, scale, paired,
     GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of M rows of one query head, and delta = sum of dout * out of those rows for `dkv_kernel`."""
     head = tl.program_id(0)
-    m0 = (tl.num_programs(1) - 1 - _block(PAIRED)) * BLOCK_M
+    m0 = (tl.num_programs(1) - 1 - _block(paired)) * BLOCK_M
     row_M = m0 + tl.arange(0, BLOCK_M)
     column_N = tl.arange(0, BLOCK_N)
     start_M = tl.load(start + row_M, row_M < T, other=T)
@@ -263,12 +262,12 @@ def _turn(i, blocks, part, GROUP: tl.constexpr):
         return part, i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["paired"])
 def dkv_kernel(
     q, k, v, dout, dk, dv, lse, delta, start, end, until, slopes,
-    q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride, T, scale,
+    q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride, T, scale, paired,
     GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, PREFIX: tl.constexpr, TMA: tl.constexpr,
     PARTS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of N rows of one key/value head: one loop over GROUP query heads and their blocks.
@@ -277,7 +276,7 @@ def dkv_kernel(
     """
     part = tl.program_id(0)
     kv_head = part // PARTS
-    n0 = _block(PAIRED) * BLOCK_N  # early keys are seen by most rows: first
+    n0 = _block(paired) * BLOCK_N  # early keys are seen by most rows: first
     key_N = n0 + tl.arange(0, BLOCK_N)
     column_M = tl.arange(0, BLOCK_M)
     end_N = tl.load(end + key_N, key_N < T, other=0)

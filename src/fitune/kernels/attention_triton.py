@@ -108,7 +108,7 @@ def attention_triton(
     forward_kernel[grid](
         qkv.q_Thd, k, v, out_Thd, lse_hT, scoring.documents.start_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0), out_Thd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, qkv, scoring, tile, k, grid),
+        tokens, scoring.scale, _paired(grid, lse_hT.device), **_constants(qkv, qkv, scoring, tile, k),
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def queries_backward_triton(
         scoring.documents.start_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
         out_Thd.stride(0), dout_Thd.stride(0), dqkv.q_Thd.stride(0),
-        tokens, scoring.scale, **_constants(qkv, dqkv, scoring, tile, k, grid),
+        tokens, scoring.scale, _paired(grid, lse_hT.device), **_constants(qkv, dqkv, scoring, tile, k),
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def keys_backward_triton(
     out = _into_parts(dqkv, parts, workspace.spare) if parts > 1 else dqkv
     q, dout = _loop_inputs([qkv.q_Thd, dout_Thd], tile.rows, tile)
     grid = kv_heads * parts, blocks
-    constants = _constants(qkv, dqkv, scoring, tile, q, grid)
+    constants = _constants(qkv, dqkv, scoring, tile, q)
     constants |= {
         "GROUP": constants["GROUP"] // parts,
         "PARTS": parts,
@@ -177,7 +177,7 @@ def keys_backward_triton(
         scoring.documents.start_T, scoring.documents.end_T, _until(scoring), _slopes(scoring, lse_hT),
         qkv.q_Thd.stride(0), qkv.k_Tgd.stride(0), qkv.v_Tgd.stride(0),
         dout_Thd.stride(0), out.k_Tgd.stride(0), out.v_Tgd.stride(0),
-        tokens, scoring.scale, **constants,
+        tokens, scoring.scale, _paired(grid, lse_hT.device), **constants,
     )  # fmt: skip
     if parts > 1:
         sum_parts_kernel[kv_heads, triton.cdiv(tokens, SUM_ROWS)](
@@ -248,9 +248,15 @@ def _head_stride(*every: QKV) -> int:
     return found.pop()
 
 
-def _constants(
-    qkv: QKV, dqkv: QKV, scoring: Scoring, tile: Tile, source: object, grid: tuple[int, int]
-) -> dict[str, Any]:
+def _paired(grid: tuple[int, int], device: torch.device) -> int:
+    """1 where all programs start at once: with most tiles two fit on a processor.
+
+    An argument and no constant: the kernels of the self-check, which are few programs, are then those that train.
+    """
+    return int(grid[0] * grid[1] <= 2 * _processors(device))
+
+
+def _constants(qkv: QKV, dqkv: QKV, scoring: Scoring, tile: Tile, source: object) -> dict[str, Any]:
     width = qkv.q_Thd.shape[2]
     return {
         "GROUP": qkv.q_Thd.shape[1] // qkv.k_Tgd.shape[1],
@@ -262,8 +268,6 @@ def _constants(
         "ALIBI": scoring.slopes_h is not None,
         "PREFIX": scoring.documents.until_T is not None,
         "TMA": isinstance(source, TensorDescriptor),
-        # two programs fit on a processor with most tiles, so that these all start at once
-        "PAIRED": grid[0] * grid[1] <= 2 * _processors(qkv.q_Thd.device),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
