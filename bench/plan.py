@@ -1,4 +1,4 @@
-"""`bench plan`: what `fitune plan` predicts beside what `bench step` and `bench rows` measured, without a GPU."""
+"""`bench plan`: what `fitune plan` predicts beside what other commands measured of fitune, without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import rows
+from bench import rows, sweep
 from bench.markdown import Record, newest, table
 from bench.models import SHAPES
 from bench.ours import config_of
@@ -19,6 +19,7 @@ from fitune.plan.hardware import find_gpu
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import MemoryPlan, plan_memory
 
+KINDS = ("step", "rows", "sweep", "fit-probe")
 HEAD = """# Planned and measured memory
 
 `python -m bench plan RESULTS.jsonl`: what `fitune plan` says of each record of ours on {gpu}. Peak: most bytes that
@@ -34,9 +35,10 @@ def markdown(records: Sequence[Record]) -> str:
     good = [
         {"row": "rows", **record, "level": _level(record["note"])}
         for record in records
-        if record["kind"] in ("step", "rows") and record["stack"] == "ours" and record["status"] == "ok"
+        if record["kind"] in KINDS and record.get("stack", "ours") == "ours" and record.get("note")
     ]
-    lines = [_line(record, gpu) for record in newest(good, "row", "rows", "level").values()]
+    names = ("kind", "row", "rows", "level", "micro_tokens", "tokens", "cap_gb")
+    lines = [_line(record, gpu) for record in newest(good, *names).values()]
     columns = ["work", "level", "largest phase", "peak planned", "measured", "error"]
     columns += ["context planned", "measured", "host planned", "measured", "self-check ran"]
     return HEAD.format(gpu=gpu or "an unnamed GPU") + table(columns, lines) + "\n"
@@ -60,7 +62,13 @@ def planned(
         largest = record.get("largest_micro_step")
         lengths = Lengths((largest,)) if largest else "not read"
         return plan_memory(_arch("llama-3.2-1b"), config, lengths, find_gpu(gpu))
-    work = replace(WORKS[record["row"]], level=_level(record["note"]), **(change or {}))
+    row = record.get("row")
+    if record["kind"] == "sweep":
+        change = sweep.change(record["micro_tokens"], record["tokens"])
+    elif record["kind"] == "fit-probe":
+        row, extra = "8b-nf4", sweep.FIT_SETTINGS
+        change = {key: sweep.FIT[key] for key in ("rows", "r", "targets")} | {"tokens": record["tokens"]}
+    work = replace(WORKS[row], level=_level(record["note"]), **(change or {}))
     lengths = Lengths((work.tokens,) * work.rows)
     return plan_memory(_arch(work.model), config_of(work, Path("model"), "cuda", extra), lengths, find_gpu(gpu))
 
@@ -77,16 +85,25 @@ def _level(note: str) -> str:
     return found.group(1) if found else ""
 
 
+def _name(record: Record) -> str:
+    if record["kind"] == "rows":
+        return f"rows, {record['rows']} an update"
+    if record["kind"] == "sweep":
+        return f"{record['row']}, {record['micro_tokens'] // record['tokens']} x {record['tokens']:,}"
+    if record["kind"] == "fit-probe":
+        return f"fit {record['cap_gb']:g} GB, 1 x {record['tokens']:,}"
+    return str(record["row"])
+
+
 def _line(record: Record, gpu: str | None) -> list[str]:
     plan = planned(record, gpu)
     measured = record["allocated_bytes"]
     reserved, used, pinned = (record.get(name) for name in ("reserved_bytes", "device_used_bytes", "pinned_bytes"))
-    work = record["row"] if record["kind"] == "step" else f"rows, {record['rows']} an update"
     tokens = re.search(r"on (\d+) tokens to .*?\((loss|each block)\)", record["note"])
     how = {"loss": "the whole model", "each block": "block by block"}
     checked = f"{tokens.group(1)} tokens, {how[tokens.group(2)]}" if tokens else "-"
     return [
-        f"`{work}`",
+        f"`{_name(record)}`",
         f"`{plan.job.level}`",
         plan.peak_phase,
         f"{plan.peak_bytes / 1e9:.3f}",

@@ -31,9 +31,14 @@ def run(runner: Runner, keys: Sequence[str], micro_tokens: Sequence[int], models
                 if runner.time_is_up():
                     runner.record(labels | {"status": "not started: time is up"})
                     continue
-                change = {"rows": micro // length, "tokens": length, "checkpointing": True, "warmup": 2, "steps": 3}
-                arguments = {"key": key, "models": str(models.absolute()), "device": "cuda", "change": change}
+                changed = change(micro, length) | {"warmup": 2, "steps": 3}
+                arguments = {"key": key, "models": str(models.absolute()), "device": "cuda", "change": changed}
                 runner.run("ours", arguments, labels)
+
+
+def change(micro_tokens: int, tokens: int) -> dict[str, Any]:
+    """What a cell of the sweep has other than its work item."""
+    return {"rows": micro_tokens // tokens, "tokens": tokens, "checkpointing": True}
 
 
 def fit(runner: Runner, caps: Sequence[float], models: Path) -> None:

@@ -229,8 +229,8 @@ def compile_all(capability: int, works: Sequence[Work]) -> list[Compiled]:
     return [kernel for work in works for kernel in compile_work(work, capability)]
 
 
-def markdown(found: dict[int, list[Compiled]]) -> str:
-    """The page: kernels by row, GPUs by column, the most that any variant takes."""
+def markdown(found: dict[int, list[Compiled]], works: Sequence[Work]) -> str:
+    """The page of kernels that all fit: kernels by row, GPUs by column, the most that any variant takes."""
     import torch
     import triton
 
@@ -239,7 +239,7 @@ def markdown(found: dict[int, list[Compiled]]) -> str:
     head = ["kernel", *(f"{gpu // 10}.{gpu % 10}: {GENERATIONS[gpu].names}" for gpu in gpus)]
     lines = [[f"`{name}`", *(_cell(found[gpu], name) for gpu in gpus)] for name in names]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
-    shapes = ", ".join(dict.fromkeys(f"`{work.model}`" for work in WORKS))
+    shapes = ", ".join(dict.fromkeys(f"`{work.model}`" for work in works))
     versions = f"torch {torch.__version__.partition('+')[0]} and Triton {triton.__version__}"
     return f"""# Kernels on GPUs of each generation
 
@@ -277,14 +277,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = pool.map(compile_all, options.gpus, [works] * len(options.gpus))
         found = dict(zip(options.gpus, results, strict=True))
     problems = [f"{gpu}: {text}" for gpu, ks in found.items() for k in ks if (text := k.problem(GENERATIONS[gpu]))]
+    if problems:
+        raise SystemExit("\n".join(problems))
     if options.json:
         print(json.dumps({gpu: [vars(kernel) for kernel in kernels] for gpu, kernels in found.items()}))
     elif options.out:
-        options.out.write_text(markdown(found), encoding="utf-8")
+        options.out.write_text(markdown(found, works), encoding="utf-8")
     else:
-        print(markdown(found))
-    if problems:
-        raise SystemExit("\n".join(problems))
+        print(markdown(found, works))
 
 
 if __name__ == "__main__":

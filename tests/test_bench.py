@@ -84,7 +84,7 @@ def test_measured_peaks_are_those_of_the_plan():
         if "keeps `offload`" in row["note"]:
             assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.003)
             context = row["device_used_bytes"] - row["reserved_bytes"]
-            assert planned.context_bytes == pytest.approx(context, abs=12e6)
+            assert 0 <= planned.context_bytes - context < 12e6
         if "pinned_bytes" in row:
             assert planned.host_bytes == pytest.approx(row["pinned_bytes"], abs=4096)
 
@@ -144,9 +144,6 @@ def test_the_records_of_1b_and_of_lengths():
         if stack != "ours":
             assert ours[row]["step_ms"] < 0.5 * other["step_ms"]
             assert ours[row]["allocated_bytes"] < 0.99 * other["allocated_bytes"]
-    for record in ours.values():
-        planned = plan.planned(record, "NVIDIA H200")
-        assert planned.peak_bytes == pytest.approx(record["allocated_bytes"], rel=0.005), record
     cells = [row for row in records if row["kind"] == "sweep" and row["status"] == "ok"]
     assert len(cells) == 15
     longest = {row["cap_gb"]: row["tokens"] for row in records if row["kind"] == "fit" and row["status"] == "ok"}
@@ -154,18 +151,20 @@ def test_the_records_of_1b_and_of_lengths():
     assert longest[24.0] > 78_475
 
 
-@pytest.mark.parametrize("name", ["c", "growing"])
-def test_what_pages_hold_beside_the_allocator(name):
-    """The context without the page table of page-locked memory is one number, whatever the run."""
+@pytest.mark.parametrize(("name", "count"), [("b", 29), ("c", 4), ("growing", 10)])
+def test_everything_planned_is_what_was_measured(name, count):
+    """Peaks, page-locked memory, and what lies outside the allocator: 812 MB and the page table of the latter."""
     records = read(RESULTS / f"h200-2026-11-29-{name}.jsonl")
     page = (RESULTS / f"h200-2026-11-29-{name}.md").read_text(encoding="utf-8")
     assert page == markdown(records), "run `python -m bench table`"
-    ours = [row for row in records if "pinned_bytes" in row]
+    ours = [row for row in records if row.get("stack", "ours") == "ours" and row.get("note") and "pinned_bytes" in row]
+    assert len(ours) == count
     for row in ours:
-        context = row["device_used_bytes"] - row["reserved_bytes"] - row["pinned_bytes"] // 512
-        assert context == pytest.approx(807e6, abs=6e6)
-        if row["kind"] == "step":
-            assert row["allocated_bytes"] == pytest.approx(plan.planned(row, "NVIDIA H200").peak_bytes, rel=0.005)
+        planned = plan.planned(row, "NVIDIA H200")
+        assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.004), row
+        assert planned.host_bytes == pytest.approx(row["pinned_bytes"], abs=3e6), row
+        spare = planned.context_bytes - (row["device_used_bytes"] - row["reserved_bytes"])
+        assert -1e6 < spare < (60e6 if "fp8" in row.get("row", "") else 13e6), row
 
 
 def test_the_plan_page_is_written_from_the_command_line(tmp_path, capsys):

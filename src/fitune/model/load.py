@@ -84,9 +84,9 @@ def pick_dtype(wanted: str | None, device: torch.device) -> str:
 def load_base(folder: Path, dtype: str, device: torch.device, quantization: str = "none") -> Base:
     """Load the weights of `folder`, frozen.
 
-    Families that the planner knows are mapped from their files and go to the device weight by weight, cast and
-    quantized on the way, so that the device can give the memory of each back. Others are placed by transformers, which
-    may convert them.
+    Families that the planner knows are mapped from their files, if those hold one dtype, and go to the device weight by
+    weight, cast and quantized on the way, so that the device can give the memory of each back. Others are placed by
+    transformers, which may convert them.
 
     Args:
         folder: a local model folder (see `model.folder.resolve_folder`).
@@ -96,18 +96,19 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
     Raises:
         ConfigError: unreadable or unsupported folder, missing or surplus weights, remote code wanted.
         MemoryError: the host has too little memory (torch.OutOfMemoryError: the GPU has).
-    Memory: on the device the result; quantized at most 100 MB besides. On the host pages of the weight files; of a
-        family that is not known and quantized, or stored in several dtypes, a copy of what is not in `dtype`.
+    Memory: on the device the result; quantized at most 100 MB besides. On the host pages of the weight files; quantized
+        models of other families or of several dtypes also leave a copy of what is not in `dtype`.
     """
     raw = inspect_folder(folder)
     if raw.quantization != "none" and quantization not in ("none", raw.quantization):
         raise ConfigError(f"{folder} holds weights in {raw.quantization}, which cannot become {quantization}")
     model_class, options = class_and_options(folder, raw, dtype)
-    weights, wanted = _checked_weights(folder, raw), DTYPES[dtype]
-    known = raw.quantization == "none" and known_arch(raw.config) is not None
-    if known and len(weights.dtypes) == 1 and weights.dtypes <= set(DTYPES.values()):
-        (options["dtype"],) = weights.dtypes  # not cast, so still pages of the files
-    elif quantization == raw.quantization == "none" and not known:
+    weights, wanted = open_weights(folder, raw), DTYPES[dtype]
+    stored = _check_shapes(folder, raw, weights)
+    mapped = len(stored) == 1 and stored <= set(DTYPES.values())
+    if mapped:
+        (options["dtype"],) = stored  # not cast, so still pages of the files
+    elif quantization == raw.quantization == "none":
         options["device_map"] = {"": device}
     model: Any  # a transformers model
     with reading(folder):
@@ -120,14 +121,15 @@ def load_base(folder: Path, dtype: str, device: torch.device, quantization: str 
             state = _read_weights(folder, raw)
             model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
             del state
-    check_report(folder, model, report)
-    if quantization != "none" and raw.quantization == "none":
-        quantize_blocks(model, quantization, device, wanted if known else None)
-    if known:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(device, wanted)
-        model.config.dtype = wanted
-    model = model.to(device)
+        del weights
+        check_report(folder, model, report)
+        if quantization != "none" and raw.quantization == "none":
+            quantize_blocks(model, quantization, device, wanted if mapped else None)
+        if mapped:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(device, wanted)
+            model.config.dtype = wanted
+        model = model.to(device)
     model.config.use_cache = False
     model.requires_grad_(False)
     model.eval()
@@ -168,8 +170,13 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def open_weights(folder: Path, raw: ModelFolder) -> WeightFiles:
-    """The weights of a folder by transformers' names, to be read one by one."""
-    return WeightFiles(raw.weight_files, partial(_read_file, folder, raw))
+    """The weights of a folder by transformers' names, to be read one by one.
+
+    Raises:
+        ConfigError: a file is damaged.
+    """
+    with reading(folder):
+        return WeightFiles(raw.weight_files, partial(_read_file, folder, raw))
 
 
 def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
@@ -201,28 +208,27 @@ def _architecture(folder: Path, raw: ModelFolder) -> tuple[Any, Any]:
     return config, model_class
 
 
-def _checked_weights(folder: Path, raw: ModelFolder) -> WeightFiles:
-    """The weights of a folder; damaged files and other shapes than config.json says are refused, from their headers.
+def _check_shapes(folder: Path, raw: ModelFolder, weights: WeightFiles) -> set[torch.dtype]:
+    """Refuse weights of another shape than config.json says, from the headers of the files; dtypes of the model's own.
 
     transformers would read the weights first, and fail in other words where one of two tied ones is of another shape.
     Families that the planner does not know are left to its report.
     """
-    with reading(folder):
-        weights = open_weights(folder, raw)
     arch = known_arch(raw.config)
     if arch is None or raw.quantization != "none":
-        return weights
+        return set()
     wanted = {p.name.format(i): p.shape for p in arch.parameters for i in range(p.copies)}
     wanted.setdefault("lm_head.weight", (arch.vocab, arch.hidden))  # tied, it may be in the files as well
     prefix = arch.block.partition(".")[0] + "."  # files of a model without its head lack it
+    own = {name: needed for name in weights.shapes if (needed := wanted.get(name) or wanted.get(prefix + name))}
     odd = [
-        _differs(name, shape, needed)
-        for name, shape in weights.shapes.items()
-        if (needed := wanted.get(name) or wanted.get(prefix + name)) not in (None, tuple(shape))
+        _differs(name, weights.shapes[name], needed)
+        for name, needed in own.items()
+        if needed != tuple(weights.shapes[name])
     ]
     if odd:
         raise _belongs_elsewhere(folder, "of another shape than config.json says", odd)
-    return weights
+    return {weights.dtypes[name] for name in own}
 
 
 def _belongs_elsewhere(folder: Path, kind: str, keys: list[str]) -> ConfigError:

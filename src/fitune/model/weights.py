@@ -29,7 +29,7 @@ class WeightFiles:
         read_file: a file's tensors by name, mapped into memory: only what is touched is read.
     Attributes:
         shapes: shape of every tensor by name, file after file.
-        dtypes: of the floating-point ones.
+        dtypes: of every tensor by name.
     Memory: touched pages of the file that was read last, and what `read` returns.
     """
 
@@ -38,13 +38,12 @@ class WeightFiles:
         self._open: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self._file: dict[str, str] = {}
         self.shapes: dict[str, torch.Size] = {}
-        self.dtypes: set[torch.dtype] = set()
+        self.dtypes: dict[str, torch.dtype] = {}
         for file in files:
             for name, tensor in self._tensors(file).items():
                 self._file[name] = file
                 self.shapes[name] = tensor.shape
-                if tensor.is_floating_point():
-                    self.dtypes.add(tensor.dtype)
+                self.dtypes[name] = tensor.dtype
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on CPU, as stored; it may be a view of the file: do not write to it."""

@@ -47,8 +47,8 @@ class Hardware:
 CPU = Hardware("CPU", 0, 0, measured=True)
 # The workspace before Hopper is 8.125 MiB, on it (sm90) 32 MiB.
 # Measured: memory in use on the device during `python -m bench step` by the driver's counter, less what is in use when
-# idle, less what the allocator had reserved, less the page table: on an H200 800 to 812 MB (fp8: 756 to 810), on an
-# H100 up to 820 (docs/memory.md).
+# idle, less what the allocator had reserved, less the page table. On an H200 800 to 812 MB (fp8: 756 to 810) in all
+# runs of today's engine, on an H100 up to 820; what once took more is in docs/memory.md.
 H200 = Hardware("NVIDIA H200", 812_000_000, 32 * MIB, measured=True)
 HOPPER = Hardware("a Hopper GPU", 820_000_000, 32 * MIB, measured=False)
 OLDER = Hardware("a GPU before Hopper", 600_000_000, 8 * MIB + 128 * 1024, measured=False)

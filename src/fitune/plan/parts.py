@@ -219,15 +219,16 @@ def host_bytes(job: Job) -> int:
     """
     if not job.engine or job.hardware.on_cpu:
         return 0
-    most = {1 << (job.hosted * job.dtype_bytes - 1).bit_length(): 1} if job.hosted else {}
+    most: dict[int, int] = {}
     for at in (job.checked, job.capacity):
         blocks = [(STAGING_SLOTS, 8 * len(integers(job.shape)) * _padded(job, at))]
         blocks.append((job.kept_blocks, saved_bytes(job.shape, job.level, at, 1, job.dtype_bytes, host=True)))
         blocks.append((SENT_SLOTS if job.hosted else 0, job.arch.hidden * at * job.dtype_bytes))
+        blocks.append((1, job.hosted * job.dtype_bytes))
         found: dict[int, int] = {}
         for count, size in blocks:
             rounded = 1 << (size - 1).bit_length() if size else 0
-            found[rounded] = found.get(rounded, 0) + count
+            found[rounded] = found.get(rounded, 0) + count  # a size of 0 adds nothing
         most |= {size: max(count, most.get(size, 0)) for size, count in found.items()}
     return sum(size * count for size, count in most.items())
 
