@@ -39,7 +39,10 @@ def test_weights_are_those_that_transformers_casts(tmp_path, kind, stored, wante
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
     tables = dict(theirs.named_buffers())
-    assert all(buffer.dtype == tables[name].dtype for name, buffer in ours.named_buffers())
+    assert tables.keys() == dict(ours.named_buffers()).keys()
+    for name, buffer in ours.named_buffers():
+        assert buffer.dtype == tables[name].dtype, name
+        assert torch.equal(buffer, tables[name]), name
     assert ours.config.dtype == ours.dtype == DTYPES[wanted]
     tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
     assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
