@@ -263,9 +263,13 @@ def _cell(kernels: Sequence[Compiled], name: str) -> str:
     return f"{registers} / {shared / 1024:.0f} / {stack}"
 
 
+def numbers(text: str) -> list[int]:
+    """Of an option: `75,86`."""
+    return [int(word) for word in text.split(",")]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile and write the page; ends with an error if a kernel does not fit."""
-    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=numbers, default=list(GENERATIONS), help=f"of {','.join(map(str, GENERATIONS))}")
     parser.add_argument("--works", type=numbers, default=list(range(len(WORKS))), help="indices, for a part of them")

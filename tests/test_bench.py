@@ -102,14 +102,20 @@ def test_measured_peaks_on_another_gpu_are_those_of_the_plan():
         assert planned.host_bytes == pytest.approx(row["pinned_bytes"], rel=0.005)
 
 
+def recorded(name, planned=None):
+    """Records and their page, which is made of them; so is the page of plans, if there is one."""
+    records = read(RESULTS / f"{name}.jsonl")
+    page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert page == markdown(records), "run `python -m bench table`"
+    if planned:
+        beside = (RESULTS / f"{planned}.md").read_text(encoding="utf-8")
+        assert beside == plan.markdown(records), "run `python -m bench plan`"
+    return records, page
+
+
 def test_the_records_of_all_stacks_in_one_run():
     """Goals met, the others passed in time and memory, peaks as planned, losses falling."""
-    records = read(RESULTS / "h200-2026-11-29.jsonl")
-    page = (RESULTS / "h200-2026-11-29.md").read_text(encoding="utf-8")
-    assert page == markdown(records), "run `python -m bench table`"
-    assert (RESULTS / "plan-h200.md").read_text(encoding="utf-8") == plan.markdown(records), (
-        "run `python -m bench plan`"
-    )
+    records, page = recorded("h200-2026-11-29", "plan-h200")
     steps = {(row["row"], row["stack"]): row for row in records if row["kind"] == "step"}
     ours = {row: record for (row, stack), record in steps.items() if stack == "ours"}
     assert set(ours) == {"8b", "8b-nf4", "8b-int8", "8b-fp8", "glm", "glm-int8", "bloom", "bloom-bitfit"}
@@ -129,13 +135,8 @@ def test_the_records_of_all_stacks_in_one_run():
 
 
 def test_the_records_of_1b_and_of_lengths():
-    """Goals met beside the others, peaks and contexts as planned, rows longer than any published."""
-    records = read(RESULTS / "h200-2026-11-29-b.jsonl")
-    page = (RESULTS / "h200-2026-11-29-b.md").read_text(encoding="utf-8")
-    assert page == markdown(records), "run `python -m bench table`"
-    assert (RESULTS / "plan-h200-b.md").read_text(encoding="utf-8") == plan.markdown(records), (
-        "run `python -m bench plan`"
-    )
+    """Goals met beside the others, rows longer than any published."""
+    records, page = recorded("h200-2026-11-29-b", "plan-h200-b")
     assert "missed" not in page
     steps = {(row["row"], row["stack"]): row for row in records if row["kind"] == "step"}
     ours = {row: record for (row, stack), record in steps.items() if stack == "ours"}
@@ -154,9 +155,7 @@ def test_the_records_of_1b_and_of_lengths():
 @pytest.mark.parametrize(("name", "count"), [("b", 29), ("c", 4), ("growing", 10)])
 def test_everything_planned_is_what_was_measured(name, count):
     """Peaks, page-locked memory, and what lies outside the allocator: 812 MB and the page table of the latter."""
-    records = read(RESULTS / f"h200-2026-11-29-{name}.jsonl")
-    page = (RESULTS / f"h200-2026-11-29-{name}.md").read_text(encoding="utf-8")
-    assert page == markdown(records), "run `python -m bench table`"
+    records, _ = recorded(f"h200-2026-11-29-{name}")
     ours = [row for row in records if row.get("stack", "ours") == "ours" and row.get("note") and "pinned_bytes" in row]
     assert len(ours) == count
     for row in ours:
