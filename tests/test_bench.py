@@ -137,6 +137,7 @@ def test_the_records_of_all_stacks_in_one_run():
 def test_the_records_of_1b_and_of_lengths():
     """Goals met beside the others, rows longer than any published."""
     records, page = recorded("h200-2026-11-29-b", "plan-h200-b")
+    later, _ = recorded("h200-2026-11-29-d", "plan-h200-d")
     assert "missed" not in page
     steps = {(row["row"], row["stack"]): row for row in records if row["kind"] == "step"}
     ours = {row: record for (row, stack), record in steps.items() if stack == "ours"}
@@ -145,24 +146,33 @@ def test_the_records_of_1b_and_of_lengths():
         if stack != "ours":
             assert ours[row]["step_ms"] < 0.5 * other["step_ms"]
             assert ours[row]["allocated_bytes"] < 0.99 * other["allocated_bytes"]
-    cells = [row for row in records if row["kind"] == "sweep" and row["status"] == "ok"]
-    assert len(cells) == 15
-    longest = {row["cap_gb"]: row["tokens"] for row in records if row["kind"] == "fit" and row["status"] == "ok"}
-    assert longest[16.0] > 40_724
-    assert longest[24.0] > 78_475
+    cells = [row for row in [*records, *later] if row["kind"] == "sweep" and row["status"] == "ok"]
+    expected = {
+        (row, micro, tokens) for row in ("1b", "8b") for micro in sweep.MICRO_TOKENS for tokens in sweep.LENGTHS
+    }
+    assert sorted((row["row"], row["micro_tokens"], row["tokens"]) for row in cells) == sorted(expected)
+    longest = {row["cap_gb"]: row for row in later if row["kind"] == "fit" and row["status"] == "ok"}
+    assert longest[8.0]["tokens"] > 2_972
+    assert longest[16.0]["tokens"] > 40_724
+    assert longest[24.0]["tokens"] > 78_475
+    assert all(row["planned_tokens"] <= row["tokens"] for row in longest.values())
 
 
-@pytest.mark.parametrize(("name", "count"), [("b", 29), ("c", 4), ("growing", 10)])
-def test_everything_planned_is_what_was_measured(name, count):
+@pytest.mark.parametrize(
+    ("name", "count", "bound"),
+    [("b", 29, 0.004), ("c", 4, 0.004), ("growing", 10, 0.004), ("d", 17, 0.007), ("segments", 13, 0.007)],
+)
+def test_everything_planned_is_what_was_measured(name, count, bound):
     """Peaks, page-locked memory, and what lies outside the allocator: 812 MB and the page table of the latter."""
     records, _ = recorded(f"h200-2026-11-29-{name}")
     ours = [row for row in records if row.get("stack", "ours") == "ours" and row.get("note") and "pinned_bytes" in row]
     assert len(ours) == count
     for row in ours:
         planned = plan.planned(row, "NVIDIA H200")
-        assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=0.004), row
+        assert planned.peak_bytes == pytest.approx(row["allocated_bytes"], rel=bound), row
         assert planned.host_bytes == pytest.approx(row["pinned_bytes"], abs=3e6), row
-        spare = planned.context_bytes - (row["device_used_bytes"] - row["reserved_bytes"])
+        used = row.get("device_used_bytes", row["device_sampled_bytes"])
+        spare = planned.context_bytes - (used - row["reserved_bytes"])
         assert -1e6 < spare < (60e6 if "fp8" in row.get("row", "") else 13e6), row
 
 
