@@ -5,6 +5,7 @@ from array import array
 
 import pytest
 import torch
+import transformers
 
 from engine_models import (
     CONFIGS,
@@ -19,15 +20,21 @@ from engine_models import (
     run,
     targets_of,
 )
+from fitune.config import build
 from fitune.data.batches import pack, pad
 from fitune.data.prepare import Row
+from fitune.engine.block import Block
+from fitune.engine.groups import settle
 from fitune.engine.layout import flatten
 from fitune.engine.offload import SentRows
 from fitune.engine.path import EnginePath
 from fitune.engine.spec import SPECS, Unsupported
+from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.chatglm_v1 import ALPHA
+from fitune.model.load import Base
 from fitune.model.prefix_lm import Blank
+from fitune.model.quantize import quantize_blocks
 from fitune.plan.saves import LEVELS, head_bytes, saved_bytes, shared_bytes
 from fitune.training.path import PlainPath
 
@@ -153,6 +160,58 @@ def test_weights_that_became_views_serve_the_plain_path():
     assert after[0] == pytest.approx(before[0], rel=1e-6)
     for name in before[1]:
         assert difference(after[1][name], before[1][name]) < 1e-6
+
+
+@pytest.mark.parametrize("targets", ["linear", "attention"])
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_weights_that_moved_are_the_same(quantization, targets, monkeypatch):
+    """On a GPU, those of a block into one segment."""
+    model, model_type = make("qwen2", targets, quantization=quantization)
+    batch = pack(make_rows([9, 12]))
+    other = copy.deepcopy(model)
+    expected_loss, expected = run(EnginePath(other, model_type, "full", 64, 128), other, batch)
+    plain_loss, _ = run(PlainPath(other, torch.device("cpu")), other, batch)
+    before = []
+
+    def moved(*args):
+        block = Block(*args)
+        groups = list(block.groups.values())
+        for group in groups:
+            group._product.move(lambda tensor: before.append(tensor) or tensor)
+        settle(groups)
+        return block
+
+    monkeypatch.setattr("fitune.engine.path.Block", moved)
+    engine = EnginePath(model, model_type, "full", 64, 128)
+    assert before
+    for tensor in before:
+        tensor.view(-1).view(torch.uint8).fill_(7)  # nothing reads it any more
+    loss, found = run(engine, model, batch)
+    assert loss == expected_loss
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+    assert run(PlainPath(model, torch.device("cpu")), model, batch)[0] == plain_loss
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_no_holes_in_the_memory_of_a_gpu(quantization):
+    """Sizes of which the allocator puts two into a segment of 20 MiB, or one into a segment of its own."""
+    torch.cuda.empty_cache()
+    reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    sizes = SIZES | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**sizes), dtype=torch.bfloat16)
+    base = Base(model.requires_grad_(False).eval(), None, "llama", SIZES["vocab_size"], "")
+    if quantization != "none":
+        quantize_blocks(model, quantization, torch.device("cuda"))
+    config = build({"model": {"path": "x"}, "method": {"name": "lora", "r": 4}})
+    engine = EnginePath(METHODS["lora"].apply(base, config.method).cuda(), "llama", "full", 2048, 128)
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() - reserved
+    used = torch.cuda.memory_allocated() - allocated
+    # 2 MiB for each block, the buffers and all that is small; 20 for the logits, which stand alone.
+    assert taken - used <= 2**21 * (len(engine.blocks) + 6) + 20 * 2**20
 
 
 def test_upper_layers_only_stop_at_the_lowest_adapter():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fitune.engine.offload import Offload
+from fitune.engine.segments import Segment
 from fitune.plan.saves import ONE_ROW_MORE, BlockShape, Level, Saved, block_saves, shared_buffers
 
 
@@ -23,19 +24,24 @@ class Buffers:
         self, shape: BlockShape, level: Level, layers: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.capacity = capacity
-        self._dtype, self._device = dtype, device
-        offloaded = level == "offload"
-        self.offload = Offload(layers, shape.hidden, capacity, dtype, device) if offloaded else None
-        shared = [saved for saved in shared_buffers(shape, level) if saved.name not in ("x0", "x1")]
-        self._shared = {saved.name: self._make(saved) for saved in shared}
+        shared = shared_buffers(shape, level)
         kept = [saved for saved in block_saves(shape, level) if not saved.host]
-        self._kept = [{saved.name: self._make(saved) for saved in kept} for _ in range(layers)]
-        self._widths = {s.name: s.width for s in (*shared_buffers(shape, level), *block_saves(shape, level))}
 
-    def _make(self, saved: Saved) -> torch.Tensor:
-        dtype = {0: self._dtype, 1: torch.uint8, 4: torch.float32}[saved.size]
-        rows = self.capacity + (saved.name in ONE_ROW_MORE)
-        return torch.empty(rows * saved.width, dtype=dtype, device=self._device)
+        def rows(saved: Saved) -> int:
+            return capacity + (saved.name in ONE_ROW_MORE)
+
+        every = (*shared, *kept * layers)
+        segment = Segment((rows(saved) * saved.bytes_per_token(dtype.itemsize) for saved in every), device)
+
+        def make(saved: Saved) -> torch.Tensor:
+            own = {0: dtype, 1: torch.uint8, 4: torch.float32}[saved.size]
+            return segment.empty([rows(saved) * saved.width], own)
+
+        self._shared = {saved.name: make(saved) for saved in shared}
+        self._kept = [{saved.name: make(saved) for saved in kept} for _ in range(layers)]
+        slots = [self._shared.pop(name) for name in ("x0", "x1") if name in self._shared]
+        self.offload = Offload(slots, shape.hidden, layers) if slots else None
+        self._widths = {s.name: s.width for s in (*shared, *block_saves(shape, level))}
 
     def kept_bytes(self) -> int:
         """Bytes of all per-block buffers."""

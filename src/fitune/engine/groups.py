@@ -18,6 +18,7 @@ from torch import nn
 
 from fitune.engine.buffers import carve
 from fitune.engine.products import Expanded, Fused, Product, RowsFp8, Scratch
+from fitune.engine.segments import Segment
 from fitune.engine.spec import Unsupported
 from fitune.engine.trained import Trained, joined
 from fitune.kernels.dropout import Mask, drop, drop_add
@@ -174,6 +175,25 @@ class Group:
         out_TK = carve(spare, 0, self.ins)
         drop(x_TK, self.mask, out_TK)
         return out_TK
+
+
+def settle(groups: list[Group]) -> None:
+    """Lay side by side into one segment what the groups of a block have put together.
+
+    Memory: that twice meanwhile; afterwards its former places are free.
+    """
+    held: list[torch.Tensor] = []
+
+    def found(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        return tensor
+
+    for group in groups:
+        group._product.move(found)  # to where it is
+    if held:
+        segment = Segment([tensor.nbytes for tensor in held], held[0].device)
+        for group in groups:
+            group._product.move(segment.copy)
 
 
 def _product(quantization: str, linears: list[Any], R: int, dtype: torch.dtype, scratch: Scratch) -> Product:

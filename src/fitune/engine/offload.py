@@ -13,17 +13,18 @@ import torch
 
 
 class Offload:
-    """Inputs of `layers` blocks, (capacity, width) each.
+    """Inputs of `layers` blocks, rows of `width` each.
 
-    Memory: 2 * capacity * width elements on the device, layers * capacity * width page-locked on the host.
+    Args:
+        slots: the two device buffers, flat, of one size.
+
+    Memory: page-locked on the host as much as one of them for each block.
     """
 
-    def __init__(self, layers: int, width: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self.width = width
-        size = capacity * width
-        self._slots = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
-        self._host = [torch.empty(size, dtype=dtype, pin_memory=self._cuda) for _ in range(layers)]
+    def __init__(self, slots: list[torch.Tensor], width: int, layers: int) -> None:
+        self._slots, self.width = slots, width
+        self._cuda = slots[0].is_cuda
+        self._host = [torch.empty(len(slots[0]), dtype=slots[0].dtype, pin_memory=self._cuda) for _ in range(layers)]
         self._side: Any = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
         self._moved: list[Any] = [None] * layers
 

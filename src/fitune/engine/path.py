@@ -18,6 +18,7 @@ from torch import nn
 from fitune.data.batches import Batch
 from fitune.engine.block import Block, Tokens, Views
 from fitune.engine.buffers import Buffers
+from fitune.engine.groups import settle
 from fitune.engine.head import Head
 from fitune.engine.layout import Integers, Rows, flatten
 from fitune.engine.offload import SentRows
@@ -69,6 +70,7 @@ class EnginePath:
         self._hosted_VH = host_embedding(base) if level == "offload" and self.device.type == "cuda" else None
         if self._hosted_VH is not None:
             self._embedding_VH = self._hosted_VH
+            self._give_back()
         self._scratch = Scratch(self.dtype, self.device)
         self.layers = base.get_submodule(spec.layers)
         self.virtual = virtual_tokens(model, spec, len(self.layers), self.dtype)
@@ -76,7 +78,10 @@ class EnginePath:
         self.blocks: list[Block] = []
         for layer in self.layers:
             self.blocks.append(Block(layer, spec, level, self.dtype, self._scratch, self.trained))
-            self._give_back()  # the weights as they were, before the next block's are put together
+            self._give_back()  # the weights as they were
+            if self.device.type == "cuda":
+                settle(list(self.blocks[-1].groups.values()))
+                self._give_back()  # and as they were put together
         self.shape = self._shape(model, spec)
         for number, block in enumerate(self.blocks):
             block.shape = self.shape
@@ -198,16 +203,15 @@ class EnginePath:
     def reserve(self, tokens: int) -> None:
         """Make buffers for micro-steps of up to `tokens` tokens; a larger one makes them grow later."""
         self._graphs.clear()
-        self._pool = None
+        self._pool = self._scratch.rows = None
         self._buffers: Buffers | None = None  # freed before the larger ones are made
         self._give_back()
         capacity = bucket(tokens, tokens) if self.device.type == "cuda" else tokens
         kept = len(self.blocks) - self.lowest
         self._buffers = Buffers(self.shape, self.level, kept, capacity, self.dtype, self.device)
         if self.shape.fp8:
-            self._scratch.codes, self._scratch.scales = self._buffers.rows_of_codes()
-        names, read = integers(self.shape), documents(self.shape)
-        self._integers = Integers(names, read, capacity, self._head.rows, self.device)
+            self._scratch.rows = self._buffers.rows_of_codes()
+        self._integers = Integers(integers(self.shape), documents(self.shape), capacity, self._head.rows, self.device)
         self._sent_rows = None if self._hosted_VH is None else SentRows(self._hosted_VH, capacity)
 
     def _give_back(self) -> None:

@@ -15,6 +15,7 @@ Shapes: T tokens, K inputs, N outputs, R adapter columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,9 @@ class Product(Protocol):
 
     A_RK: torch.Tensor
     B_NR: torch.Tensor
+
+    def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace what it has put together by copies; the layers' own weights become views of these."""
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """out = x Wᵀ + h Bᵀ + bias. `RowsFp8` leaves h Bᵀ out if h has no columns."""
@@ -44,10 +48,7 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._flat = torch.empty(0, dtype=dtype, device=device)
-        self.codes = torch.empty(
-            0, dtype=torch.uint8, device=device
-        )  # of rows, with their scales: the engine's buffers
-        self.scales = torch.empty(0, device=device)
+        self.rows: tuple[torch.Tensor, torch.Tensor] | None = None  # where codes of rows and their scales go
         self.holder: Expanded | None = None  # whose weights are expanded
 
     def reserve(self, size: int, dtype: torch.dtype) -> None:
@@ -69,23 +70,34 @@ class Fused:
     """One matrix of (N + R)(K + R) elements; h stands beside x, t beside dy."""
 
     def __init__(self, linears: list[Any], R: int, bias_N: torch.Tensor | None) -> None:
-        self._N, self._K, self._R = sum(linear.out_features for linear in linears), linears[0].in_features, R
-        self._bias_N = bias_N
-        self._matrix = self._fuse(linears)
-        self.A_RK, self.B_NR = self._matrix[self._N :, : self._K], self._matrix[: self._N, self._K :]
+        self._linears, self._bias_N = linears, bias_N
+        self._N, self._K = sum(linear.out_features for linear in linears), linears[0].in_features
+        self._matrix = self._fuse(R)
+        self._share()
 
-    def _fuse(self, linears: list[Any]) -> torch.Tensor:
-        first = linears[0].weight
-        if len(linears) == 1 and not self._R:
+    def _fuse(self, R: int) -> torch.Tensor:
+        first = self._linears[0].weight
+        if len(self._linears) == 1 and not R:
             return first.detach()  # type: ignore[no-any-return]
-        matrix = torch.zeros(self._N + self._R, self._K + self._R, dtype=first.dtype, device=first.device)
+        matrix = torch.zeros(self._N + R, self._K + R, dtype=first.dtype, device=first.device)
         row = 0
-        for linear in linears:
-            view_NK = matrix[row : row + linear.out_features, : self._K]
-            view_NK.copy_(linear.weight.detach())
-            linear.weight.data = view_NK
+        for linear in self._linears:
+            matrix[row : row + linear.out_features, : self._K].copy_(linear.weight.detach())
             row += linear.out_features
         return matrix
+
+    def _share(self) -> None:
+        """Make A, B and the layers' weights views of the matrix."""
+        self.A_RK, self.B_NR = self._matrix[self._N :, : self._K], self._matrix[: self._N, self._K :]
+        row = 0
+        for linear in self._linears:
+            linear.weight.data = self._matrix[row : row + linear.out_features, : self._K]
+            row += linear.out_features
+
+    def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """See `Product`."""
+        self._matrix = copy(self._matrix)
+        self._share()
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """See `Product`."""
@@ -106,6 +118,9 @@ class Expanded:
         scratch.reserve((self._N + R) * (self._K + R), self._dtype)
         self.A_RK = torch.zeros(R, self._K, dtype=self._dtype, device=device)
         self.B_NR = torch.zeros(self._N, R, dtype=self._dtype, device=device)
+
+    def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """See `Product`. These weights are as they were loaded."""
 
     def _matrix(self, expanded: bool) -> torch.Tensor:
         matrix = self._scratch.matrix(self._N + self._R, self._K + self._R, self._dtype)
@@ -135,25 +150,33 @@ class RowsFp8:
     """Rows of fp8 codes on both sides; outputs must be contiguous. The layers' codes become views of one matrix."""
 
     def __init__(self, linears: list[Any], R: int, bias_N: torch.Tensor | None, scratch: Scratch) -> None:
-        self._bias_N, self._scratch = bias_N, scratch
+        self._linears, self._bias_N, self._scratch = linears, bias_N, scratch
         self._N, self._K = sum(linear.out_features for linear in linears), linears[0].in_features
         dtype, device = linears[0].dtype, linears[0].codes.device
         self._codes_NK = linears[0].codes
         self._scale_N = linears[0].scale
         if len(linears) > 1:
-            self._codes_NK = torch.empty(self._N, self._K, dtype=E4M3, device=device)
-            self._scale_N = torch.empty(self._N, device=device)
-            row = 0
-            for linear in linears:
-                rows = slice(row, row + linear.out_features)
-                self._codes_NK[rows].copy_(linear.codes)
-                self._scale_N[rows].copy_(linear.scale)
-                linear.codes, linear.scale = self._codes_NK[rows], self._scale_N[rows]
-                row += linear.out_features
+            self._codes_NK = torch.cat([linear.codes.view(torch.uint8) for linear in linears]).view(E4M3)
+            self._scale_N = torch.cat([linear.scale for linear in linears])
+            self._share()
         self._ones_K = torch.ones(self._K, device=device)
         scratch.reserve(self._N * self._K, torch.uint8)
         self.A_RK = torch.zeros(R, self._K, dtype=dtype, device=device)
         self.B_NR = torch.zeros(self._N, R, dtype=dtype, device=device)
+
+    def _share(self) -> None:
+        """Make the layers' codes and scales views of the matrix."""
+        row = 0
+        for linear in self._linears:
+            rows = slice(row, row + linear.out_features)
+            linear.codes, linear.scale = self._codes_NK[rows], self._scale_N[rows]
+            row += linear.out_features
+
+    def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """See `Product`."""
+        self._codes_NK, self._scale_N, self._ones_K = map(copy, (self._codes_NK, self._scale_N, self._ones_K))
+        self.A_RK, self.B_NR = copy(self.A_RK), copy(self.B_NR)
+        self._share()
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """See `Product`."""
@@ -173,8 +196,9 @@ class RowsFp8:
 
     def _rows(self, x: torch.Tensor, column_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, width = x.shape
-        codes = self._scratch.codes[: tokens * width].view(E4M3).view(tokens, width)
-        scales = self._scratch.scales[:tokens]
+        assert self._scratch.rows is not None, "products in fp8 without buffers"
+        codes, scales = self._scratch.rows
+        codes, scales = codes[: tokens * width].view(E4M3).view(tokens, width), scales[:tokens]
         quantize_rows(x, codes, scales, column_scale)
         return codes, scales
 

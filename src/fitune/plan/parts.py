@@ -28,55 +28,13 @@ from fitune.plan.saves import (
     shared_bytes,
 )
 from fitune.plan.virtual import encoded_rows, virtual_rows
+from fitune.plan.weights import block_weights, on_its_way, outer_weights
 
 STAGING_SLOTS = 4  # copies of a micro-step's integers that the host keeps
 SENT_SLOTS = 2  # rows of a hosted embedding on their way to the device
 REFRESH_BYTES = 44  # per adapter matrix, in the table of what is copied at the start of a micro-step
 QUANT_SLICE_BYTES = 6 * 4 * 2**22  # weights on their way into 4 bits: six fp32 slices
-QUANT_BLOCK, QUANT_NESTED = 64, 256  # elements per absmax, and absmax per second-level absmax, of nf4 and fp4
-QUANT_TABLES = 4 * 16 + 4 * 256 + 4  # two code books and an offset
 ADAM8_BLOCK, ADAM8_FROM = 256, 4096  # bitsandbytes keeps smaller tensors' states in fp32
-
-
-def quantized_bytes(quantization: str, outs: int, ins: int, double_quant: bool = True) -> int:
-    """Bytes of one (outs, ins) weight in quantized storage, with scales (4-bit: in 8 bits, or in fp32) and tables."""
-    elements = outs * ins
-    if quantization in ("int8", "fp8"):
-        return elements + 4 * outs
-    blocks = -(-elements // QUANT_BLOCK)
-    scales = blocks + 4 * -(-blocks // QUANT_NESTED) + QUANT_TABLES if double_quant else 4 * blocks + 4 * 16
-    return -(-elements // 2) + scales
-
-
-def _outer_weights(job: Job) -> Part:
-    inside = sum(linear.outs * linear.ins for linear in job.arch.linears) * job.arch.layers
-    rest = job.arch.total - inside - job.hosted
-    name = "norms, head" if job.hosted else "embedding, norms, head"
-    return Part(name, rest * job.dtype_bytes, f"{rest:,} parameters x {job.dtype_bytes} B")
-
-
-def _embedding_on_its_way(job: Job) -> Part:
-    """Loaded with the rest, before it moves into the host's memory."""
-    formula = f"{job.hosted:,} parameters x {job.dtype_bytes} B"
-    return Part("embedding, to the host", job.hosted * job.dtype_bytes, formula, ("loading",))
-
-
-def _block_weights(job: Job) -> Part:
-    """Frozen weights, with the model's dtype copies of the adapters in them or, if quantized, beside them.
-
-    A product in fp8 needs a scale for every row: ones for each input of a group, whose own scales are folded elsewhere.
-    """
-    name, layers, size = "block weights", job.arch.layers, job.dtype_bytes
-    shapes = [job.arch.block_shape(columns).groups.values() for columns in job.columns]
-    if job.quantization == "none":
-        total = size * sum((outs + r) * (ins + r) for groups in shapes for outs, ins, r in groups)
-        return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    arch = job.arch
-    one = sum(quantized_bytes(job.quantization, linear.outs, linear.ins, arch.double_quant) for linear in arch.linears)
-    copies = size * sum(r * (outs + ins) for groups in shapes for outs, ins, r in groups)
-    copies += 4 * layers * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0
-    formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
-    return Part(name, layers * one + copies, formula)
 
 
 def _adapters(job: Job) -> Part:
@@ -359,9 +317,9 @@ def plain_bytes_per_token(job: Job) -> int:
 
 
 TERMS: tuple[Callable[[Job], Part], ...] = (
-    _outer_weights,
-    _embedding_on_its_way,
-    _block_weights,
+    outer_weights,
+    on_its_way,
+    block_weights,
     _adapters,
     _starts,
     _copies,
