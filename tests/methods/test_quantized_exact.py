@@ -8,7 +8,7 @@ from fitune.data.prepare import Row
 from fitune.infer.generate import Sampling, generate
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
-from fitune.model.quantize import QuantLinear
+from fitune.model.quantize import QuantLinear, unread_weights
 from fitune.training.path import PlainPath
 from methods.cases import CPU, KINDS, base, dequantize, randomize, section
 
@@ -52,3 +52,35 @@ def test_gradients_are_those_of_the_dequantized_model(families, family, kind, qu
             assert error <= TOLERANCE * expected[name].norm() + 1e-7, f"{name} {moment}: {error}"
         stored.loss(pad(ROWS, 2))
         generate(stored.model, [[5, 6, 7], [8]], [2], Sampling(max_new_tokens=3))
+
+
+@pytest.mark.parametrize("kind", ["lora linear", "rslora", "whole head", "ia3 linear", "dora"])
+def test_weights_are_expanded_only_for_their_values(families, kind, monkeypatch):
+    """PEFT asks each layer for its weight again and again while it wraps a model."""
+    asked = []
+    expand = QuantLinear.dequantize
+    monkeypatch.setattr(QuantLinear, "dequantize", lambda layer, dtype: asked.append(layer) or expand(layer, dtype))
+    one, config = base(families["qwen2"], quantization="int8"), section(kind)
+    model = METHODS[config.name].apply(one, config)
+    adapted = sum(hasattr(module, "base_layer") for module in model.modules())
+    assert adapted >= 4
+    if kind == "dora":
+        assert len(set(asked)) == adapted
+    else:
+        assert not asked
+    randomize(model)
+    assert torch.isfinite(PlainPath(model, CPU).loss(pad(ROWS, 2)))
+    assert asked, "training reads them"
+
+
+def test_weights_are_read_again_after_an_error(families):
+    one = base(families["qwen2"], quantization="int8")
+    layer = next(module for module in one.model.modules() if isinstance(module, QuantLinear))
+    with unread_weights():
+        assert layer.weight.isnan().all()
+        assert (layer.weight.shape, layer.weight.dtype) == ((layer.out_features, layer.in_features), layer.dtype)
+        assert layer.weight.untyped_storage().nbytes() == layer.dtype.itemsize
+    assert layer.weight.isfinite().all()
+    with pytest.raises(KeyError), unread_weights():
+        raise KeyError
+    assert layer.weight.isfinite().all()

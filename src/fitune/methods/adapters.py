@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from fitune.errors import CheckpointError, ConfigError
 from fitune.methods.base import CONFIG, WEIGHTS, Tensors, check_tensors, read_tensors, write_json
 from fitune.model.libraries import import_peft
 from fitune.model.load import Base
-from fitune.model.quantize import is_quantized
+from fitune.model.quantize import is_quantized, unread_weights
 
 
 @contextmanager
@@ -31,7 +31,9 @@ def quiet() -> Iterator[None]:
 
 def wrap(model: nn.Module, settings: Any) -> nn.Module:
     """The model with an adapter of PEFT's in it."""
-    with quiet():
+    starts = getattr(settings, "init_lora_weights", True)
+    reads = getattr(settings, "use_dora", False) or starts not in (True, False, "gaussian")
+    with quiet(), nullcontext() if reads else unread_weights():
         return cast(nn.Module, import_peft().get_peft_model(model, settings, autocast_adapter_dtype=True))
 
 
