@@ -3,9 +3,12 @@
 import pytest
 import torch
 import transformers
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from fitune.config import build
+from fitune.methods import METHODS
 from fitune.model.host_embedding import HostEmbedding, host_embedding
-from fitune.model.load import count_parameters
+from fitune.model.load import Base, count_parameters
 
 
 def tiny(tied):
@@ -36,6 +39,22 @@ def test_it_stays_where_it_is():
     before = hosted.weight
     assert hosted.to("meta").weight is before
     assert not list(hosted.parameters())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "lora"}, {"name": "ptuning"}, {"name": "prompt", "init": "random"}, {"name": "prefix", "init": "random"}],
+)
+def test_nothing_keeps_what_it_replaces(method):
+    """PEFT's models with virtual tokens hold the embedding themselves."""
+    model = tiny(False)
+    before = StorageWeakRef(model.get_input_embeddings().weight.untyped_storage())
+    config = build({"model": {"path": "x"}, "method": method})
+    wrapped = METHODS[config.method.name].apply(Base(model, None, "llama", 64, ""), config.method)
+    assert not before.expired()
+    weight = host_embedding(model, wrapped)
+    assert before.expired()
+    assert all(m.weight is weight for m in wrapped.modules() if isinstance(m, HostEmbedding))
 
 
 @pytest.mark.parametrize("why", ["tied", "trained"])

@@ -67,10 +67,10 @@ class EnginePath:
         self._embedding_VH = base.get_input_embeddings().weight.detach()
         self.device, self.dtype = next(model.parameters()).device, self._embedding_VH.dtype
         self.level = level
-        self._hosted_VH = host_embedding(base) if level == "offload" and self.device.type == "cuda" else None
+        self._hosted_VH = host_embedding(base, model) if level == "offload" and self.device.type == "cuda" else None
         if self._hosted_VH is not None:
             self._embedding_VH = self._hosted_VH
-            self._give_back()
+        self._give_back()  # or the first weights would lie in what loading left
         self._scratch = Scratch(self.dtype, self.device)
         self.layers = base.get_submodule(spec.layers)
         self.virtual = virtual_tokens(model, spec, len(self.layers), self.dtype)

@@ -31,11 +31,12 @@ class HostEmbedding(nn.Module):
         return F.embedding(input_ids.to(self.weight.device), self.weight).to(input_ids.device)
 
 
-def host_embedding(model: nn.Module) -> torch.Tensor | None:
+def host_embedding(model: nn.Module, wrapped: nn.Module | None = None) -> torch.Tensor | None:
     """Move a model's frozen input embedding into the host's memory, unless the output head needs it.
 
     Args:
         model: a transformers model on a GPU, not wrapped.
+        wrapped: what PEFT made of it; where tokens are virtual it holds the embedding as well.
     Returns:
         The weight (V, H), page-locked; None where the embedding stayed.
     """
@@ -48,4 +49,8 @@ def host_embedding(model: nn.Module) -> torch.Tensor | None:
         return None
     hosted = HostEmbedding(embedding)
     own.set_input_embeddings(hosted)
+    whole = wrapped or model
+    for name, module in list(whole.named_modules(remove_duplicate=False)):
+        if module is embedding:
+            whole.set_submodule(name, hosted)
     return hosted.weight
