@@ -347,6 +347,7 @@ def test_the_engine_over_quantized_weights(name, kind):
 def test_the_plain_path_expands_one_layer_at_a_time(kind, size):
     plan = plan_of(LLAMA_8B, model={"path": "m", "quantization": kind}, train={"path": "plain"})
     assert by_name(plan)["dequantization scratch"] == 14336 * 4096 * size
+    assert "moved while loading" not in by_name(plan)
     assert not plan.job.shape.fp8
 
 
@@ -358,8 +359,19 @@ def test_quantized_blocks_shrink_and_need_scratch(kind, least, most):
     assert "dequantization scratch" not in plain
     scratch = 2 * 14336 * 4096 if kind == "fp8" else (2 * 14336 + 32) * (4096 + 32) * 2
     assert quantized["dequantization scratch"] == scratch
-    assert quantized.get("group being put together", 0) == (2 * 14336 * 4096 if kind == "fp8" else 0)
-    assert quantized["weights being quantized"] < plain["group being put together"]
+    block = quantized["block weights"] / 32
+    assert quantized.get("moved while loading", 0) == (block if kind == "fp8" else 0)
+    assert "group being put together" not in quantized.keys() | plain.keys(), "the block that moves is more"
+    on_cpu = by_name(
+        plan_of(
+            LLAMA_8B,
+            {"name": "lora", "r": 16, "target_modules": "linear"},
+            train={"device": "cpu"},
+            model={"path": "m", "quantization": kind},
+        )
+    )
+    assert on_cpu.get("group being put together", 0) == (2 * 14336 * 4096 if kind == "fp8" else 0)
+    assert "moved while loading" not in on_cpu
     assert quantized["embedding, norms, head"] == plain["embedding, norms, head"]
 
 

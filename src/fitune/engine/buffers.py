@@ -16,8 +16,8 @@ from fitune.plan.saves import ONE_ROW_MORE, BlockShape, Level, Saved, block_save
 class Buffers:
     """Buffers of `layers` blocks for micro-steps of up to `capacity` tokens.
 
-    Memory: exactly capacity * (layers * what `block_saves` lists + what `shared_buffers` lists), the part marked `host`
-    in page-locked host memory.
+    Memory: capacity * (layers * what `block_saves` lists + what `shared_buffers` lists), each rounded up to 512 bytes,
+    cut from one segment; the part marked `host` in page-locked host memory.
     """
 
     def __init__(

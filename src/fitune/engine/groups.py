@@ -178,9 +178,9 @@ class Group:
 
 
 def settle(groups: list[Group]) -> None:
-    """Lay side by side into one segment what the groups of a block have put together.
+    """Lay the weights of a block's groups side by side into one segment, but for layers in int8 and 4 bits.
 
-    Memory: that twice meanwhile; afterwards its former places are free.
+    Memory: these weights twice meanwhile; afterwards their former places are free.
     """
     held: list[torch.Tensor] = []
 

@@ -30,7 +30,7 @@ class Product(Protocol):
     B_NR: torch.Tensor
 
     def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace what it has put together by copies; the layers' own weights become views of these."""
+        """Replace all it holds by copies, of which the layers' own weights become views."""
 
     def forward(self, x_TK: torch.Tensor, h_TR: torch.Tensor, out_TN: torch.Tensor) -> None:
         """out = x Wᵀ + h Bᵀ + bias. `RowsFp8` leaves h Bᵀ out if h has no columns."""
@@ -120,7 +120,7 @@ class Expanded:
         self.B_NR = torch.zeros(self._N, R, dtype=self._dtype, device=device)
 
     def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """See `Product`. These weights are as they were loaded."""
+        """See `Product`. Nothing moves: these weights are the layers' own, as they were loaded."""
 
     def _matrix(self, expanded: bool) -> torch.Tensor:
         matrix = self._scratch.matrix(self._N + self._R, self._K + self._R, self._dtype)

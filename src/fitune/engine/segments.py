@@ -1,9 +1,9 @@
 """One piece of memory for tensors that stay together.
 
-PyTorch's allocator takes the GPU's memory in segments: one for each tensor from 10 MB on, rounded up to 2 MiB, and of
-20 MiB for smaller ones, as many as fit. What is left of a segment is lost if nothing else is of a size for it: 4 MB for
-every two of 8.4 MB, as the weights and buffers of 1B models are. A segment that something still lies in is never given
-back.
+PyTorch's allocator takes the GPU's memory in segments: of 2 MiB for tensors up to 1 MiB, of 20 MiB for those below 10,
+as many as fit, and one for each that is larger, rounded up to 2 MiB. What is left of a segment is lost if nothing else
+is of a size for it: 4 MB for every two of 8.4 MB, as the weights and buffers of 1B models are. A segment that something
+still lies in is never given back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Segment:
     Args:
         sizes: of all of them, in bytes.
 
-    Memory: theirs, each rounded up to 512 bytes; PyTorch takes up to 2 MiB more for it.
+    Memory: theirs, each rounded up to 512 bytes. PyTorch takes up to 2 MiB more for it from 10 MiB on.
     """
 
     def __init__(self, sizes: Iterable[int], device: torch.device) -> None:

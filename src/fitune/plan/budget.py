@@ -13,8 +13,8 @@ from fitune.plan.memory import MemoryPlan, plan_memory
 from fitune.plan.saves import LEVELS, level_of
 
 GB = 1e9
-# PyTorch's allocator lays tensors of changing sizes into blocks; held to a cap it needed 0.9 to 1.1 % more than it
-# handed out (an 8B model in 4 bits, docs/memory.md).
+# PyTorch's allocator takes memory in segments and cannot use all of them; held to a cap an 8B model in 4 bits took 0.9
+# to 1.6 % more than it handed out (docs/memory.md). Near the cap it gives back what it can before it fails.
 ROUNDING = 0.0125
 
 

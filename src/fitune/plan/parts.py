@@ -208,14 +208,18 @@ def _quantizing(job: Job) -> Part:
 
 
 def _loading_copy(job: Job) -> Part:
-    """A group is put together from the weights as they were read; only fp8 does so with quantized ones, R apart."""
+    """A group is put together from the weights as they were read; only fp8 does so with quantized ones, R apart.
+
+    Not counted on a GPU: afterwards the whole block moves, see `weights.on_its_way`.
+    """
     counts = {group: sum(linear.group == group for linear in job.arch.linears) for group in GROUPS}
     fp8 = job.shape.fp8
     size = 1 if fp8 else job.dtype_bytes
+    counted = job.engine and job.hardware.on_cpu and (fp8 or job.quantization == "none")
     sizes = [
         outs * ins if fp8 else (outs + r) * (ins + r)
         for group, (outs, ins, r) in job.shape.groups.items()
-        if job.engine and (fp8 or job.quantization == "none") and (counts[group] > 1 or (r and not fp8))
+        if counted and (counts[group] > 1 or (r and not fp8))
     ]
     formula = f"largest group {'outs x ins' if fp8 else '(outs + R) (ins + R)'} x {size} B"
     return Part("group being put together", max(sizes, default=0) * size, formula, ("loading",))

@@ -78,8 +78,8 @@ def hold_to_budget(config: RunConfig, device: torch.device) -> None:
     context = find_gpu(properties.name).outside_bytes(pinned)
     if budget is not None and budget * 1e9 <= context:
         raise OutOfMemoryError(
-            f"memory.budget is {budget:g} GB, of which the CUDA context alone takes {context / 1e9:.2g}; raise "
-            "memory.budget"
+            f"memory.budget is {budget:g} GB, of which the CUDA context, with the page table of page-locked memory, "
+            f"takes {context / 1e9:.2g}; raise memory.budget"
         )
     # Also without a budget: an earlier run in this process may have set one.
     left = total if budget is None else budget * 1e9 - context
