@@ -163,7 +163,7 @@ def test_weights_that_became_views_serve_the_plain_path():
 
 
 @pytest.mark.parametrize("targets", ["linear", "attention"])
-@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
 def test_weights_that_moved_are_the_same(quantization, targets, monkeypatch):
     """On a GPU, those of a block into one segment."""
     model, model_type = make("qwen2", targets, quantization=quantization)
@@ -195,7 +195,7 @@ def test_weights_that_moved_are_the_same(quantization, targets, monkeypatch):
 
 @pytest.mark.gpu
 @NEEDS_CUDA
-@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
 def test_no_holes_in_the_memory_of_a_gpu(quantization):
     """Sizes of which the allocator puts two into a segment of 20 MiB, or one into a segment of its own."""
     torch.cuda.empty_cache()

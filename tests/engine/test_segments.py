@@ -29,7 +29,7 @@ def test_tensors_follow_each_other_aligned():
         segment.empty([1], torch.uint8)
 
 
-@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
 def test_all_that_a_block_multiplies_by_moves(quantization):
     model, model_type = make("qwen2", "attention", quantization=quantization)
     engine = EnginePath(model, model_type, "full", 64, 128)
@@ -42,7 +42,7 @@ def test_all_that_a_block_multiplies_by_moves(quantization):
         tensors += [linear.weight if quantization == "none" else linear.codes for linear in product._linears]
         tensors += [] if quantization == "none" else [linear.scale for linear in product._linears]
         tensors = [tensor for tensor in tensors if tensor is not product._bias_N and tensor.numel()]
-    assert len(tensors) == (13 if quantization == "none" else 28)
+    assert len(tensors) == {"none": 13, "int8": 16, "fp8": 28}[quantization]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
 

@@ -178,7 +178,7 @@ class Group:
 
 
 def settle(groups: list[Group]) -> None:
-    """Lay the weights of a block's groups side by side into one segment, but for layers in int8 and 4 bits.
+    """Lay the weights of a block's groups side by side into one segment, but for those in 4 bits.
 
     Memory: these weights twice meanwhile; afterwards their former places are free.
     """

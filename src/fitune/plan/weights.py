@@ -30,10 +30,10 @@ def outer_weights(job: Job) -> Part:
 def on_its_way(job: Job) -> Part:
     """The embedding before it moves into the host's memory, or after it a block's weights a second time.
 
-    On a GPU the engine lays what it puts together side by side; layers in int8 and 4 bits stay apart.
+    On a GPU the engine lays them side by side, but for those in 4 bits.
     """
     embedding = job.hosted * job.dtype_bytes
-    moves = job.engine and not job.hardware.on_cpu and job.quantization in ("none", "fp8")
+    moves = job.engine and not job.hardware.on_cpu and job.quantization in ("none", "int8", "fp8")
     block = max(_block_sizes(job)) if moves else 0
     formula = f"embedding, {job.hosted:,} parameters x {job.dtype_bytes} B" if embedding > block else "largest block"
     return Part("moved while loading", max(embedding, block), formula, ("loading",))
