@@ -6,6 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine_models import make, make_rows, run
 from fitune.data.batches import pack
+from fitune.engine.buffers import Buffers
 from fitune.engine.groups import settle
 from fitune.engine.path import EnginePath
 from fitune.engine.segments import Segment
@@ -48,12 +49,20 @@ def test_all_that_a_block_multiplies_by_moves(quantization):
 
 @pytest.mark.parametrize("level", ["elementwise", "offload"])
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
-def test_buffers_that_grow_let_go_of_the_smaller_ones(quantization, level):
-    """They are one piece of memory: a view of any would keep all of it."""
+def test_buffers_that_grow_let_go_of_the_smaller_ones(quantization, level, monkeypatch):
+    """They are one piece of memory: a view of any would keep all of it, beside the larger one that is made."""
     model, model_type = make("llama", quantization=quantization, dropout=0.1)
     engine = EnginePath(model, model_type, level, 64, 256)
     run(engine, model, pack(make_rows([17, 5])))
     kept = [StorageWeakRef(t.untyped_storage()) for t in engine._buffers._shared.values()]
     assert not any(ref.expired() for ref in kept)
+    gone = []
+
+    def larger(*args):
+        gone.extend(ref.expired() for ref in kept)
+        return Buffers(*args)
+
+    monkeypatch.setattr("fitune.engine.path.Buffers", larger)
     run(engine, model, pack(make_rows([100, 60])))
-    assert all(ref.expired() for ref in kept)
+    assert len(gone) == len(kept) > 4
+    assert all(gone)

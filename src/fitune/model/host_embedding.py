@@ -49,7 +49,7 @@ def host_embedding(model: nn.Module, wrapped: nn.Module | None = None) -> torch.
         return None
     hosted = HostEmbedding(embedding)
     own.set_input_embeddings(hosted)
-    whole = wrapped or model
+    whole = model if wrapped is None else wrapped
     for name, module in list(whole.named_modules(remove_duplicate=False)):
         if module is embedding:
             whole.set_submodule(name, hosted)
