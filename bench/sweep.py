@@ -111,6 +111,8 @@ def _guess(used: dict[int, int], cap_bytes: int, between: tuple[int, int], expec
     notch = max(GRAIN, max(fits, expected) // 50)
     if not used:
         tokens = max(refused - notch, refused // 2) if refused <= expected else expected
+    elif used[fits] > 0.98 * cap_bytes:  # all there is: the allocator keeps what it has, so there is no line any more
+        tokens = fits + notch
     elif len(used) == 1:
         tokens = fits + notch if used[fits] > 0.9 * cap_bytes else 4 * fits
     else:

@@ -19,6 +19,7 @@ from fitune.model import quantizers
 from fitune.model.families import linear_names
 from fitune.model.load import count_parameters, load_base
 from fitune.model.quantize import QUANTIZATIONS, QuantLinear, emulation_note, quantize_blocks, use_int8
+from fitune.plan.budget import unused_bytes
 from tiny import make_model
 
 CPU = torch.device("cpu")
@@ -390,6 +391,29 @@ def test_a_gpu_makes_the_same_bytes_with_little_memory(quantization):
     ):
         if "rotary" not in name:
             assert same_bytes(ours.cpu(), cpu), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_on_a_gpu_codes_do_not_lie_in_memory_of_slices(quantization):
+    """Codes of 16 MiB, for which a free segment of 20 is large enough, and scales of 1.75 MB."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=27392, num_hidden_layers=4, num_attention_heads=32, vocab_size=1000
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    quantize_blocks(model, quantization, torch.device("cuda"))
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert held - start <= unused_bytes(config.num_hidden_layers)
 
 
 @pytest.mark.gpu

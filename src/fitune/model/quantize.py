@@ -251,6 +251,8 @@ def quantize_blocks(
         linear = cast(nn.Linear, model.get_submodule(name))
         model.set_submodule(name, QuantLinear(linear.weight, linear.bias, quantization, device, dtype))
         del linear  # before the next one is quantized
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or the next codes would lie in memory of these slices, and keep it
 
 
 @contextmanager

@@ -107,8 +107,10 @@ def quantize_4bit(
     Source: QLoRA, arXiv:2305.14314, sec. 3. Differs: no.
     """
     flat = weight_NK.reshape(-1)
+    # What stays is made before the slices, or it would lie in memory of theirs, and keep it.
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=device)
-    absmax_G = torch.empty(-(-flat.numel() // BLOCK_SIZE), device=device)
+    absmax_codes_G = torch.empty(-(-flat.numel() // BLOCK_SIZE), dtype=torch.uint8, device=device)
+    absmax_G = torch.empty(absmax_codes_G.shape, device=device)
     table = code_table(quantization)
     order = table.argsort(stable=True)
     ascending = table[order].to(device)
@@ -123,8 +125,8 @@ def quantize_4bit(
         codes[start // 2 :][: index.numel() // 2] = (index[::2] << 4) | index[1::2]
     # On the CPU, whose order of summation does not depend on the GPU: the same bytes wherever the model is loaded.
     offset = absmax_G.cpu().mean().to(device)
-    nested_codes, nested_absmax_S = _quantize_absmax(absmax_G - offset)
-    return {"codes": codes, "absmax": nested_codes, "nested_absmax": nested_absmax_S, "offset": offset}
+    nested_absmax_S = _quantize_absmax(absmax_G - offset, absmax_codes_G)
+    return {"codes": codes, "absmax": absmax_codes_G, "nested_absmax": nested_absmax_S, "offset": offset}
 
 
 def scaled_blocks(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,15 +143,16 @@ def scaled_blocks(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scaled, absmax
 
 
-def _quantize_absmax(values_G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit codes of blocks of 256 values, and the blocks' largest magnitudes."""
+def _quantize_absmax(values_G: torch.Tensor, codes_G: torch.Tensor) -> torch.Tensor:
+    """Write 8-bit codes of blocks of 256 values; return the blocks' largest magnitudes."""
     count = values_G.numel()
     blocks = -(-count // NESTED_BLOCK_SIZE)
     padded = torch.nn.functional.pad(values_G, (0, blocks * NESTED_BLOCK_SIZE - count)).view(blocks, -1)
     largest_S = padded.abs().amax(dim=1)
     scaled = (padded * (1.0 / largest_S)[:, None]).clamp_(-1, 1)
     index = ((scaled + 1) * 0.5 * (_GRID - 1) + 0.5).nan_to_num_(0.0).int()  # a block of zeros gets code 0
-    return _nearest_on_grid().to(values_G.device)[index].view(-1)[:count], largest_S
+    codes_G.copy_(_nearest_on_grid().to(values_G.device)[index].view(-1)[:count])
+    return largest_S
 
 
 @cache

@@ -8,19 +8,28 @@ from fitune.config import RunConfig, build
 from fitune.errors import ConfigError, PlanError
 from fitune.plan.arch import ArchSpec
 from fitune.plan.checks import check_run
+from fitune.plan.hardware import MIB
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import MemoryPlan, plan_memory
 from fitune.plan.saves import LEVELS, level_of
 
 GB = 1e9
-# PyTorch's allocator takes memory in segments and cannot use all of them; held to a cap an 8B model in 4 bits took 0.9
-# to 1.6 % more than it handed out (docs/memory.md). Near the cap it gives back what it can before it fails.
-ROUNDING = 0.0125
+# Of PyTorch's allocator: one segment for each tensor from 10 MiB on, rounded up to so much; one for several below it.
+SEGMENT, SHARED_SEGMENT = 2 * MIB, 20 * MIB
 
 
 def needed_bytes(plan: MemoryPlan) -> int:
-    """What a budget must hold: the CUDA context, and the peak with what the allocator rounds up."""
-    return plan.device_bytes + int(ROUNDING * plan.peak_bytes)
+    """What a budget must hold: the CUDA context, the peak, and what the allocator reserves beyond it."""
+    return plan.device_bytes + unused_bytes(plan.job.arch.layers)
+
+
+def unused_bytes(blocks: int) -> int:
+    """Reserved, but in no tensor, at most: the ends of segments (`engine.segments`).
+
+    One for each block's weights, six for embedding, head, buffers and what is small, and one that is shared. Measured:
+    docs/memory.md. Near its cap the allocator gives whole segments back before it fails.
+    """
+    return SEGMENT * (blocks + 6) + SHARED_SEGMENT
 
 
 def fits(plan: MemoryPlan, config: RunConfig) -> bool | None:
@@ -50,7 +59,7 @@ def check_budget(plan: MemoryPlan, config: RunConfig, lengths: Lengths | str) ->
     raise PlanError(
         f"memory.budget is {budget:g} GB, but this run takes {least}{_gb(needed_bytes(plan))} "
         f"({_gb(plan.peak_bytes)} in the phase `{plan.peak_phase}`, {_gb(rest)} for the CUDA context and what the "
-        f"allocator rounds up). The largest part is `{largest.name}` with {_gb(largest.bytes)}. "
+        f"allocator cannot use). The largest part is `{largest.name}` with {_gb(largest.bytes)}. "
         f"{_advice(plan, config, lengths)}"
     )
 
