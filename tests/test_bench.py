@@ -17,6 +17,7 @@ from bench.goals import GOALS
 from bench.models import SHAPES, make, model_config, with_tokenizer
 from bench.table import markdown, read
 from bench.work import DEFAULT_ROWS, STACKS, WORKS, block_weights, step_flop
+from fitune.plan.budget import unused_bytes
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 LLAMA_1B = {"model_type": "llama", **SHAPES["llama-3.2-1b"][1]}
@@ -138,6 +139,7 @@ def test_the_records_of_1b_and_of_lengths():
     """Goals met beside the others, rows longer than any published."""
     records, page = recorded("h200-2026-11-29-b", "plan-h200-b")
     later, _ = recorded("h200-2026-11-29-d", "plan-h200-d")
+    last, _ = recorded("h200-2026-11-30", "plan-h200-e")
     assert "missed" not in page
     steps = {(row["row"], row["stack"]): row for row in records if row["kind"] == "step"}
     ours = {row: record for (row, stack), record in steps.items() if stack == "ours"}
@@ -151,20 +153,50 @@ def test_the_records_of_1b_and_of_lengths():
         (row, micro, tokens) for row in ("1b", "8b") for micro in sweep.MICRO_TOKENS for tokens in sweep.LENGTHS
     }
     assert sorted((row["row"], row["micro_tokens"], row["tokens"]) for row in cells) == sorted(expected)
-    longest = {row["cap_gb"]: row for row in later if row["kind"] == "fit" and row["status"] == "ok"}
-    assert longest[8.0]["tokens"] > 2_972
-    assert longest[16.0]["tokens"] > 40_724
-    assert longest[24.0]["tokens"] > 78_475
-    assert all(row["planned_tokens"] <= row["tokens"] for row in longest.values())
+    for longest in ({row["cap_gb"]: row for row in found if row["kind"] == "fit"} for found in (later, last)):
+        assert longest[8.0]["tokens"] > 2_972
+        assert longest[16.0]["tokens"] > 40_724
+        assert longest[24.0]["tokens"] > 78_475
+        assert all(row["status"] == "ok" and row["planned_tokens"] <= row["tokens"] for row in longest.values())
+
+
+def test_the_last_records_beside_the_others():
+    """Ahead in time and memory, reserved memory too, every goal met; what is reserved is what a budget keeps."""
+    records, page = recorded("h200-2026-11-30-b", "plan-h200-f")
+    assert "missed" not in page
+    steps = {(row["row"], row["stack"]): row for row in records if row["kind"] == "step"}
+    others = [key for key in steps if key[1] != "ours"]
+    assert {row for row, _ in others} == {"1b", "1b-ckpt", "8b", "8b-nf4"}
+    for row, stack in others:
+        ours, other = steps[row, "ours"], steps[row, stack]
+        assert ours["step_ms"] < 0.9 * other["step_ms"]
+        assert ours["min_ms"] < 0.9 * other["min_ms"]
+        assert ours["allocated_bytes"] < 0.99 * other["allocated_bytes"]
+        assert ours["reserved_bytes"] < 0.98 * other["reserved_bytes"]
+    for (_, stack), row in steps.items():
+        if stack == "ours":
+            planned = plan.planned(row, "NVIDIA H200")
+            assert row["reserved_bytes"] <= planned.peak_bytes + unused_bytes(planned.job.arch.layers), row
+    for row in records:
+        if row["kind"] == "fit":
+            assert row["planned_tokens"] <= row["tokens"]
 
 
 @pytest.mark.parametrize(
     ("name", "count", "bound"),
-    [("b", 29, 0.004), ("c", 4, 0.004), ("growing", 10, 0.004), ("d", 17, 0.007), ("segments", 13, 0.007)],
+    [
+        ("29-b", 29, 0.004),
+        ("29-c", 4, 0.004),
+        ("29-growing", 10, 0.004),
+        ("29-d", 17, 0.007),
+        ("29-segments", 13, 0.007),
+        ("30", 19, 0.007),
+        ("30-b", 13, 0.002),
+    ],
 )
 def test_everything_planned_is_what_was_measured(name, count, bound):
     """Peaks, page-locked memory, and what lies outside the allocator: 812 MB and the page table of the latter."""
-    records, _ = recorded(f"h200-2026-11-29-{name}")
+    records, _ = recorded(f"h200-2026-11-{name}")
     ours = [row for row in records if row.get("stack", "ours") == "ours" and row.get("note") and "pinned_bytes" in row]
     assert len(ours) == count
     for row in ours:
@@ -173,7 +205,8 @@ def test_everything_planned_is_what_was_measured(name, count, bound):
         assert planned.host_bytes == pytest.approx(row["pinned_bytes"], abs=3e6), row
         used = row.get("device_used_bytes", row["device_sampled_bytes"])
         spare = planned.context_bytes - (used - row["reserved_bytes"])
-        assert -1e6 < spare < (60e6 if "fp8" in row.get("row", "") else 13e6), row
+        # Less with fp8; and where most is reserved while loading, before kernels are on the device.
+        assert -1e6 < spare < (60e6 if re.search("fp8|glm", row.get("row", "")) else 13e6), row
 
 
 def test_the_plan_page_is_written_from_the_command_line(tmp_path, capsys):
