@@ -119,7 +119,10 @@ def _verdict(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
 
 
 def _with_context(plan: MemoryPlan) -> str:
-    return f"; {plan.device_bytes / GB:.3f} GB with the CUDA context" if plan.context_bytes else ""
+    if not plan.context_bytes:
+        return ""
+    context, needed = plan.device_bytes / GB, needed_bytes(plan) / GB
+    return f"; {context:.3f} GB with the CUDA context, {needed:.3f} with what the allocator cannot use"
 
 
 def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
