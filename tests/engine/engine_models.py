@@ -13,7 +13,7 @@ from fitune.methods.base import trainable
 from fitune.model.bloom import BloomForCausalLM
 from fitune.model.chatglm_v1 import ChatGLMForConditionalGeneration, read_config
 from fitune.model.load import Base
-from fitune.model.quantize import quantize_blocks
+from fitune.model.quantize import block_linears, quantize_blocks
 from fitune.training.path import PlainPath
 
 SIZES = {
@@ -102,10 +102,15 @@ def untrained(kind, dtype=torch.float32):
     return model.requires_grad_(False).eval()
 
 
-def make(kind, targets="linear", dtype=torch.float32, quantization="none", **method):
+def make(kind, targets="linear", dtype=torch.float32, quantization="none", whole=(), **method):
+    """The model with adapters; linear layers below a module of `whole` are not quantized."""
     model = untrained(kind, dtype)
+    kept = {name: model.get_submodule(name) for name in block_linears(model) if any(f"{w}." in name for w in whole)}
+    assert bool(kept) == bool(whole)
     if quantization != "none":
         quantize_blocks(model, quantization, torch.device("cpu"))
+    for name, linear in kept.items():
+        model.set_submodule(name, linear)
     base = Base(model, None, model.config.model_type, SIZES["vocab_size"], "")
     if method.get("name", "lora") == "lora":
         method = {"name": "lora", "r": 4, "target_modules": targets} | method

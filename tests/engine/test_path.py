@@ -62,6 +62,20 @@ def test_quantized_weights_give_the_plain_path_s_gradients(quantization, kind, l
     compare(model, engine, pack(make_rows([17, 5])), 1e-5)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_layers_that_are_not_quantized_among_others_that_are(quantization, kind, level):
+    attention = "self_attention" if kind == "bloom" else "self_attn"
+    model, model_type = make(kind, quantization=quantization, whole=[f".0.{attention}", ".1.mlp"])
+    engine = EnginePath(model, model_type, level, 64, 128)
+    stored = [[group.quantization for group in block.groups.values()] for block in engine.blocks]
+    assert stored[:2] == [["none", "none", quantization, quantization], [quantization, quantization, "none", "none"]]
+    compare(model, engine, pack(make_rows([17, 5, 30, 2])), 1e-5)
+    engine.loss(pack(make_rows([9, 8])))
+    compare(model, engine, pack(make_rows([17, 5])), 1e-5)
+
+
 @pytest.mark.parametrize("level", ["elementwise", "full"])
 def test_the_widest_weights_are_expanded_twice(level, monkeypatch):
     """Recomputation is a third product of the first MLP projections, but their input gradient finds them expanded."""

@@ -12,12 +12,13 @@ from fitune.data.batches import pack
 from fitune.data.prepare import Row
 from fitune.engine.groups import adapter_columns
 from fitune.engine.path import EnginePath
+from fitune.engine.products import Expanded
 from fitune.engine.spec import SPECS, Unsupported, block_spec
 from fitune.errors import ConfigError, PlanError
 from fitune.methods import METHODS
 from fitune.methods.base import trainable
 from fitune.model.load import DTYPES, Base, load_base
-from fitune.model.quantize import QuantLinear, quantize_blocks, use_int8
+from fitune.model.quantize import QuantLinear, block_linears, quantize_blocks, use_int8
 from fitune.plan.arch import read_arch
 from fitune.plan.budget import check_budget
 from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
@@ -341,6 +342,78 @@ def test_the_engine_over_quantized_weights(name, kind):
     engine.reserve(240)
     assert found["saved activations"] == engine._buffers.kept_bytes()
     assert found["working set"] == engine._buffers.shared_bytes()
+
+
+@pytest.mark.parametrize("method", [{"name": "lora", "r": 5, "target_modules": "linear"}, {"name": "bitfit"}])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [
+        ("qwen2", ["lm_head", "model.layers.0.self_attn", "model.layers.1.mlp"]),
+        ("bloom", ["transformer.h.1"]),
+        ("glm", ["gate_up_proj"]),
+        ("qwen2", ["model.layers"]),
+    ],
+)
+def test_layers_that_bitsandbytes_left_whole(name, skipped, kind, method):
+    section = {"quant_method": "bitsandbytes", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": skipped}
+    config = settings(
+        method,
+        model={"path": "m", "dtype": "bf16", "quantization": kind},
+        data={"max_length": 60},
+        train={"device": "cpu"},
+    )
+    arch = read_arch(TINY[name] | {"quantization_config": section})
+    found = by_name(plan_memory(arch, config, "no data"))
+    real = real_model(TINY[name], "bf16")
+    for parameter in real.parameters():
+        parameter.data.normal_()
+    kept = {
+        layer: real.get_submodule(layer)
+        for layer in block_linears(real)
+        if any(f"{layer}.".startswith(f"{key}.") or layer.endswith(key) for key in skipped)
+    }
+    assert set(kept) == {f"{arch.block.format(number)}.{path}" for number, path in arch.whole} != set()
+    quantize_blocks(real, kind, torch.device("cpu"))
+    for layer, linear in kept.items():
+        real.set_submodule(layer, linear)
+    model = applied(config.method, real, TINY[name]["model_type"])
+    engine = EnginePath(model, TINY[name]["model_type"], "elementwise", 64, 60)
+    blocks = [[group._product for group in block.groups.values()] for block in engine.blocks]
+    layers = [module for module in real.modules() if isinstance(module, QuantLinear)]
+    stored = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+    beside = [product for products in blocks for product in products if isinstance(product, Expanded)]
+    stored += sum(product.A_RK.nbytes + product.B_NR.nbytes for product in beside)
+    assert found["block weights"] == stored + storage_bytes([linear.weight for linear in kept.values()])
+    assert found.get("dequantization scratch", 0) == engine._scratch.bytes
+    on_gpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
+    moved = by_name(plan_memory(arch, on_gpu, "no data")).get("moved while loading", 0)
+    assert moved == max(moving(products) for products in blocks)
+
+
+def moving(products):
+    """Bytes of what `engine.groups.settle` moves of a block."""
+    held = []
+    for product in products:
+        product.move(lambda tensor: held.append(tensor) or tensor)
+    return sum(tensor.nbytes for tensor in held)
+
+
+def test_a_group_stored_in_two_ways_takes_the_plain_path():
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["layers.3.mlp.up_proj"]}
+    model = {"path": "m", "quantization": "int8"}
+    plan = plan_of(LLAMA_8B | {"quantization_config": section}, model=model)
+    assert plan.plain_reason == "projections of one input stored as int8 and none"
+    one = 14336 * 4096 * 2 - quantized_bytes("int8", 14336, 4096)
+    every = plan_of(LLAMA_8B, model=model, train={"micro_batch_rows": 2, "path": "plain"})
+    assert by_name(plan)["block weights"] == by_name(every)["block weights"] + one
+    assert by_name(plan)["dequantization scratch"] == by_name(every)["dequantization scratch"]
+
+
+@pytest.mark.parametrize("skipped", [None, "lm_head", [], ["lm_head", "", 3, "(a+)+$", "layers.1", "mlp"]])
+def test_names_that_mean_no_layer_of_a_block(skipped):
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": skipped}
+    assert not read_arch(LLAMA_8B | {"quantization_config": section}).whole
 
 
 @pytest.mark.parametrize(("kind", "size"), [("int8", 2), ("nf4", 2), ("fp8", 1)])

@@ -76,6 +76,7 @@ class ArchSpec:
         block: path of a block, `{}` for its number.
         parameters: every parameter of the model, tied ones once.
         quantized: the linear layers are quantized in the files, by bitsandbytes.
+        whole: (block, path) of those that are not.
         double_quant: absmax values of 4-bit weights are in 8 bits; bitsandbytes may have stored them in fp32.
         axes: positions of a token.
         prefix: a document's tokens see all of what stands before its answer.
@@ -102,6 +103,7 @@ class ArchSpec:
     block: str
     parameters: tuple[Parameter, ...]
     quantized: bool = False
+    whole: frozenset[tuple[int, str]] = frozenset()
     double_quant: bool = True
     axes: int = 1
     prefix: bool = False
@@ -159,7 +161,26 @@ def read_arch(config: Config) -> ArchSpec:
     if not isinstance(stored, dict):
         return arch
     single = stored.get("load_in_4bit") and not stored.get("bnb_4bit_use_double_quant")
-    return replace(arch, quantized=True, double_quant=not single)
+    whole = _left_out(arch, stored.get("llm_int8_skip_modules"))
+    return replace(arch, quantized=True, whole=whole, double_quant=not single)
+
+
+def _left_out(arch: ArchSpec, skipped: Any) -> frozenset[tuple[int, str]]:
+    """Layers that bitsandbytes was told to leave whole, by the first or the last part of their names.
+
+    transformers also takes regular expressions there. One from a file could run for ever, so they match nothing here.
+    """
+    keys = [key for key in skipped if isinstance(key, str) and key] if isinstance(skipped, list) else []
+    names = {
+        (number, linear.path): f"{arch.block.format(number)}.{linear.path}"
+        for number in range(arch.layers)
+        for linear in arch.linears
+    }
+    return frozenset(
+        place
+        for place, name in names.items()
+        if any(f"{name}.".startswith(f"{key}.") or name.endswith(key) for key in keys)
+    )
 
 
 def _read(config: Config) -> ArchSpec:

@@ -59,6 +59,8 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         return arch.plain
     if config.model.int8_compute == "llm_int8":
         return "model.int8_compute=llm_int8"
+    if config.model.quantization != "none" and _stored_in_two_ways(arch):
+        return f"projections of one input stored as {config.model.quantization} and none"
     if isinstance(method, BitfitConfig | PromptLearning):
         return None
     if isinstance(method, Ia3Config):
@@ -69,6 +71,15 @@ def plain_reason(arch: ArchSpec | None, config: RunConfig) -> str | None:
         key = "modules_to_save" if method.modules_to_save else "new_tokens"
         return f"method.{key}; the engine trains LoRA adapters"
     return "DoRA" if method.dora else None
+
+
+def _stored_in_two_ways(arch: ArchSpec) -> bool:
+    """Some group of a block has layers that are quantized and layers that are not."""
+    ways: dict[tuple[int, str], set[bool]] = {}
+    for number in range(arch.layers):
+        for linear in arch.linears:
+            ways.setdefault((number, linear.group), set()).add((number, linear.path) in arch.whole)
+    return any(len(found) > 1 for found in ways.values())
 
 
 def _factors_elsewhere(arch: ArchSpec, method: Ia3Config) -> str | None:

@@ -66,6 +66,15 @@ class Job:
         groups = {linear.group for linear, _ in adapted(self.arch, self.method.target_modules)}
         return max(shape.qkv if "qkv" in groups else 0, shape.intermediate if "down" in groups else 0)
 
+    def is_whole(self, number: int, linear: Linear) -> bool:
+        """The weight of this layer of a block is in the model's dtype."""
+        return self.quantization == "none" or (number, linear.path) in self.arch.whole
+
+    def groups(self, whole: bool) -> set[str]:
+        """Groups with layers in the model's dtype, or with quantized ones, in any block."""
+        numbers, linears = range(self.arch.layers), self.arch.linears
+        return {one.group for one in linears if any(self.is_whole(number, one) == whole for number in numbers)}
+
     @property
     def kept_blocks(self) -> int:
         """Blocks that keep activations: those from the lowest trained one up."""

@@ -132,8 +132,6 @@ def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
             f"plain path ({plan.plain_reason}): it keeps more activations than are counted here; weights, gradients "
             "and optimizer states are exact"
         )
-    if job.arch.quantized:
-        yield "bitsandbytes quantized the weights; layers that it left out (llm_int8_skip_modules) count as quantized"
     if config.model.dtype is None:
         assumed = "fp32 on CPU" if config.train.device == "cpu" else "bf16, as on a GPU that has it"
         yield f"model.dtype is not set: planned as {assumed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fitune.plan.arch import Linear
 from fitune.plan.job import Job
 from fitune.plan.part import Part
 
@@ -33,25 +34,10 @@ def on_its_way(job: Job) -> Part:
     On a GPU the engine lays them side by side, but for those in 4 bits.
     """
     embedding = job.hosted * job.dtype_bytes
-    moves = job.engine and not job.hardware.on_cpu and job.quantization in ("none", "int8", "fp8")
-    block = max(_block_sizes(job)) if moves else 0
+    moves = job.engine and not job.hardware.on_cpu
+    block = max(sum(size for size, moved in groups if moved) for groups in _blocks(job)) if moves else 0
     formula = f"embedding, {job.hosted:,} parameters x {job.dtype_bytes} B" if embedding > block else "largest block"
     return Part("moved while loading", max(embedding, block), formula, ("loading",))
-
-
-def _block_sizes(job: Job) -> list[int]:
-    """Bytes of each block's weights, see `block_weights`."""
-    size = job.dtype_bytes
-    shapes = [job.arch.block_shape(columns).groups.values() for columns in job.columns]
-    if job.quantization == "none":
-        return [size * sum((outs + r) * (ins + r) for outs, ins, r in groups) for groups in shapes]
-    one = _quantized_block(job) + (4 * sum(ins for _, ins, _ in shapes[0]) if job.shape.fp8 else 0)
-    return [one + size * sum(r * (outs + ins) for outs, ins, r in groups) for groups in shapes]
-
-
-def _quantized_block(job: Job) -> int:
-    arch = job.arch
-    return sum(quantized_bytes(job.quantization, linear.outs, linear.ins, arch.double_quant) for linear in arch.linears)
 
 
 def block_weights(job: Job) -> Part:
@@ -59,9 +45,34 @@ def block_weights(job: Job) -> Part:
 
     A product in fp8 needs a scale for every row: ones for each input of a group, whose own scales are folded elsewhere.
     """
-    name, layers, size, total = "block weights", job.arch.layers, job.dtype_bytes, sum(_block_sizes(job))
+    name, layers, size = "block weights", job.arch.layers, job.dtype_bytes
+    total = sum(size for groups in _blocks(job) for size, _ in groups)
     if job.quantization == "none":
         return Part(name, total, f"{layers} blocks x sum of (outs + R) (ins + R) over groups x {size} B")
-    one = _quantized_block(job)
+    one = sum(_quantized(job, linear) for linear in job.arch.linears)
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
+    if job.arch.whole:
+        formula += f"; {len(job.arch.whole)} layers whole, outs x ins x {size} B"
     return Part(name, total, formula)
+
+
+def _blocks(job: Job) -> list[list[tuple[int, bool]]]:
+    """Of each block's groups: bytes of the weights, see `block_weights`, and whether they move, see `on_its_way`."""
+    size, ones = job.dtype_bytes, 4 if job.shape.fp8 else 0
+    blocks = []
+    for number, columns in enumerate(job.columns):
+        groups: list[tuple[int, bool]] = []
+        for group, (outs, ins, r) in job.arch.block_shape(columns).groups.items():
+            linears = [linear for linear in job.arch.linears if linear.group == group]
+            whole = [linear for linear in linears if job.is_whole(number, linear)]
+            if len(whole) == len(linears):
+                groups.append((size * (outs + r) * (ins + r), True))
+                continue
+            stored = sum(size * one.outs * one.ins if one in whole else _quantized(job, one) for one in linears)
+            groups.append((stored + ones * ins + size * r * (outs + ins), job.quantization in ("int8", "fp8")))
+        blocks.append(groups)
+    return blocks
+
+
+def _quantized(job: Job, linear: Linear) -> int:
+    return quantized_bytes(job.quantization, linear.outs, linear.ins, job.arch.double_quant)
