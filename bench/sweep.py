@@ -109,20 +109,18 @@ def _guess(used: dict[int, int], cap_bytes: int, between: tuple[int, int], expec
     """A multiple of `GRAIN` strictly between what fits and what does not."""
     fits, refused = between
     notch = max(GRAIN, max(fits, expected) // 50)
-    if not used:
-        tokens = max(refused - notch, refused // 2) if refused <= expected else expected
+    if not used:  # what is expected, then less in growing steps
+        tokens = expected if refused > expected else max(refused - max(notch, 2 * (expected - refused)), refused // 2)
     elif used[fits] > 0.98 * cap_bytes:  # all there is: the allocator keeps what it has, so there is no line any more
-        tokens = fits + notch
+        tokens = (fits + refused) // 2 if refused - fits < 8 * notch else fits + notch
     elif len(used) == 1:
-        tokens = fits + notch if used[fits] > 0.9 * cap_bytes else 4 * fits
+        tokens = max(fits + notch, fits * 9 // 8) if used[fits] > 0.9 * cap_bytes else 4 * fits
     else:
         (near, near_bytes), (far, far_bytes) = sorted(used.items())[-2:]
         slope = max(1.0, (far_bytes - near_bytes) / (far - near))
-        tokens = int(far + (cap_bytes - far_bytes) / slope)
-        if tokens >= refused:  # something else than the line's memory refused
-            tokens = (fits + refused) // 2
-        elif tokens <= fits:  # the line is used up: show that a little more does not fit
-            tokens = fits + notch
+        tokens = max(fits + notch, min(int(far + (cap_bytes - far_bytes) / slope), 2 * fits))
+    if used and tokens >= refused:  # something else than the line's memory refused
+        tokens = (fits + refused) // 2
     tokens = tokens // GRAIN * GRAIN
     return max(fits + GRAIN, min(tokens, refused - GRAIN))
 

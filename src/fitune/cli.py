@@ -247,12 +247,12 @@ def _planned(options: argparse.Namespace) -> tuple[RunConfig, ArchSpec, Path]:
     """Configuration, architecture and model folder; no weights are looked for, and none downloaded."""
     from fitune.config import load
     from fitune.model.adapter import with_adapter
-    from fitune.model.folder import read_config, resolve_folder, with_stored_quantization
+    from fitune.model.folder import read_config, resolve_folder, with_stored_layers, with_stored_quantization
     from fitune.plan.arch import read_arch
 
     config = load(options.config, options.overrides)
     folder = resolve_folder(config.model.path, weights=False)
-    arch = read_arch(read_config(folder))
+    arch = with_stored_layers(read_arch(read_config(folder)), folder)
     return with_adapter(with_stored_quantization(config, folder), arch), arch, folder
 
 

@@ -19,13 +19,14 @@ from fitune.infer.convert_quantized import quantize_folder
 from fitune.kernels import int8
 from fitune.methods import METHODS
 from fitune.model.bitsandbytes_format import stored_weights
-from fitune.model.folder import inspect_folder
+from fitune.model.folder import inspect_folder, with_stored_layers
 from fitune.model.libraries import import_bitsandbytes
 from fitune.model.load import Base, load_base, open_weights
 from fitune.model.quantize import QuantLinear, use_int8
 from fitune.model.quantizers import absmax_table
 from fitune.model.weights import ShardWriter
 from fitune.plan.arch import read_arch
+from fitune.plan.checks import check_run
 from original_chatglm import write_folder as write_chatglm
 from original_chatglm_v1 import write_folder as write_chatglm_6b
 from tiny import make_model
@@ -361,6 +362,39 @@ def test_layers_that_were_left_out_stay_whole(made):
     model = METHODS["lora"].apply(Base(base.model, folder, "llama", 128, ""), method)
     with pytest.raises(Unsupported, match="projections of one input stored as nf4 and none"):
         EnginePath(model, "llama", "elementwise", 64, 64)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_the_files_say_which_layers_are_whole(sources, tmp_path, capsys, quantization):
+    """config.json may name layers by patterns, or in ways that versions of transformers read differently."""
+    folder = quantize_folder(str(sources["llama"]), tmp_path / "model", quantization, "fp32")
+    tensors, plain = load_file(folder / "model.safetensors"), load_file(sources["llama"] / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".1.mlp." not in name}
+    tensors |= {name: tensor for name, tensor in plain.items() if ".1.mlp." in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "self_attn.q_proj", r"model\.layers\.1\.mlp.*"]
+    (folder / "config.json").write_text(json.dumps(config))
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {{path: {folder}}}\ntrain: {{path: fast, device: cpu}}\ndata: {{max_length: 64}}\n")
+    arch = with_stored_layers(read_arch(config), folder)
+    assert arch.whole == {(1, f"mlp.{name}_proj") for name in ("gate", "up", "down")}
+    assert main(["plan", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "3 layers whole" in told
+    assert "pattern" not in told
+    base = load_base(folder, "fp32", CPU)
+    model = METHODS["lora"].apply(base, build({"model": {"path": "x"}, "method": {"name": "lora"}}).method)
+    EnginePath(model, "llama", "elementwise", 64, 64)
+    patterns = {"method": {"name": "freeze", "patterns": ["model.layers.1.mlp.*"]}, "data": {"max_length": 64}}
+    check_run(build(patterns | {"model": {"path": "x", "quantization": quantization}}), arch, 256)
+    (folder / "model.safetensors").unlink()  # without them it is what config.json says
+    assert with_stored_layers(read_arch(config), folder) == read_arch(config)
+    assert read_arch(config).whole == {(0, "self_attn.q_proj"), (1, "self_attn.q_proj")}
+    assert main(["plan", str(run), "train.path=auto"]) == 0
+    assert r"llm_int8_skip_modules names layers by a pattern (model\.layers\.1\.mlp.*)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=rf"quantization={quantization} keeps frozen; give a pattern that does not$"):
+        check_run(build(patterns | {"model": {"path": "x", "quantization": quantization}}), read_arch(config), 256)
 
 
 def test_files_of_several_shards(sources, tmp_path):

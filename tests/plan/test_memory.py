@@ -12,7 +12,7 @@ from fitune.data.batches import pack
 from fitune.data.prepare import Row
 from fitune.engine.groups import adapter_columns
 from fitune.engine.path import EnginePath
-from fitune.engine.products import Expanded
+from fitune.engine.products import Expanded, Fused
 from fitune.engine.spec import SPECS, Unsupported, block_spec
 from fitune.errors import ConfigError, PlanError
 from fitune.methods import METHODS
@@ -20,7 +20,7 @@ from fitune.methods.base import trainable
 from fitune.model.load import DTYPES, Base, load_base
 from fitune.model.quantize import QuantLinear, block_linears, quantize_blocks, use_int8
 from fitune.plan.arch import read_arch
-from fitune.plan.budget import check_budget
+from fitune.plan.budget import check_budget, needed_bytes
 from fitune.plan.hardware import H200, HOPPER, OLDER, find_gpu
 from fitune.plan.job import block_columns
 from fitune.plan.lengths import Lengths
@@ -28,7 +28,7 @@ from fitune.plan.memory import lora_columns, plan_memory, planned_level
 from fitune.plan.part import PHASES
 from fitune.plan.parts import parts, plain_bytes_per_token
 from fitune.plan.saves import LEVELS
-from fitune.plan.weights import quantized_bytes
+from fitune.plan.weights import quantized_bytes, shared_segments
 from fitune.training.optim import MasterOptimizer
 from fitune.training.path import PlainPath
 from plan.shapes import BLOOM_1B4, CHATGLM3, LLAMA_1B, LLAMA_8B, TINY, meta_model
@@ -386,6 +386,9 @@ def test_layers_that_bitsandbytes_left_whole(name, skipped, kind, method):
     stored += sum(product.A_RK.nbytes + product.B_NR.nbytes for product in beside)
     assert found["block weights"] == stored + storage_bytes([linear.weight for linear in kept.values()])
     assert found.get("dequantization scratch", 0) == engine._scratch.bytes
+    fused = [product for products in blocks for product in products if isinstance(product, Fused)]
+    made = [product._matrix.nbytes for product in fused if len(product._linears) > 1 or len(product.A_RK)]
+    assert found.get("group being put together", 0) == max(made, default=0)
     on_gpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
     moved = by_name(plan_memory(arch, on_gpu, "no data")).get("moved while loading", 0)
     assert moved == max(moving(products) for products in blocks)
@@ -399,18 +402,58 @@ def moving(products):
     return sum(tensor.nbytes for tensor in held)
 
 
+def test_columns_of_a_whole_group_need_no_scratch():
+    section = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "llm_int8_skip_modules": ["model.layers.1.self_attn"],
+    }
+    config = settings(
+        {"name": "lora", "r": 5, "target_modules": ["layers.1.self_attn.k_proj"]},
+        model={"path": "m", "dtype": "bf16", "quantization": "int8"},
+        data={"max_length": 60},
+        train={"device": "cpu"},
+    )
+    plan = plan_memory(read_arch(TINY["glm"] | {"quantization_config": section}), config, "no data")
+    largest = max(outs * ins for outs, ins, _ in plan.job.shape.groups.values())
+    assert plan.job.shape.lora[0] == 16
+    assert by_name(plan)["dequantization scratch"] == 2 * largest
+
+
+def test_the_plain_path_expands_no_whole_layer():
+    skipped = ["q_proj", "o_proj", "mlp.gate_proj", "mlp.up_proj", "down_proj"]
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": skipped}
+    plan = plan_of(LLAMA_8B | {"quantization_config": section}, model={"path": "m", "quantization": "int8"})
+    assert by_name(plan)["dequantization scratch"] == 1024 * 4096 * 2
+
+
+def test_segments_that_4_bit_weights_share():
+    nf4 = {"path": "m", "quantization": "nf4"}
+    llama_2 = LLAMA_8B | {"num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32_000}
+    # Two matrices of 8 MiB in each segment of 20; of Llama 3.1 the four of a block fill one.
+    assert shared_segments(plan_of(llama_2, model=nf4).job) == 32 * 2 * 4 * 2**20
+    assert shared_segments(plan_of(LLAMA_8B, model=nf4).job) == 0
+    plan = plan_of(llama_2, model=nf4)
+    assert needed_bytes(plan) - plan.device_bytes == 38 * 2**21 + 20 * 2**20 + 2**28
+    int8 = plan_of(llama_2, model=nf4 | {"quantization": "int8"})
+    assert needed_bytes(int8) - int8.device_bytes == 38 * 2**21 + 20 * 2**20
+    on_cpu = plan_of(llama_2, model=nf4, train={"device": "cpu"})
+    assert needed_bytes(on_cpu) == on_cpu.peak_bytes
+
+
 def test_a_group_stored_in_two_ways_takes_the_plain_path():
     section = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["layers.3.mlp.up_proj"]}
     model = {"path": "m", "quantization": "int8"}
     plan = plan_of(LLAMA_8B | {"quantization_config": section}, model=model)
     assert plan.plain_reason == "projections of one input stored as int8 and none"
+    assert plan_of(LLAMA_8B | {"quantization_config": section}).plain_reason is None, "nothing is quantized"
     one = 14336 * 4096 * 2 - quantized_bytes("int8", 14336, 4096)
     every = plan_of(LLAMA_8B, model=model, train={"micro_batch_rows": 2, "path": "plain"})
     assert by_name(plan)["block weights"] == by_name(every)["block weights"] + one
     assert by_name(plan)["dequantization scratch"] == by_name(every)["dequantization scratch"]
 
 
-@pytest.mark.parametrize("skipped", [None, "lm_head", [], ["lm_head", "", 3, "(a+)+$", "layers.1", "mlp"]])
+@pytest.mark.parametrize("skipped", [None, "lm_head", [], ["lm_head", "", 3, "(a+)+$", "1.mlp.up", "q_pro"]])
 def test_names_that_mean_no_layer_of_a_block(skipped):
     section = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": skipped}
     assert not read_arch(LLAMA_8B | {"quantization_config": section}).whole

@@ -1,5 +1,6 @@
 """The self-check lets a right engine pass and refuses a wrong one before anything is trained."""
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from engine_models import make, make_rows
 from fitune.config import build
+from fitune.data.prepare import Row
 from fitune.engine import block, groups
 from fitune.engine.path import EnginePath
 from fitune.errors import FituneError
@@ -47,6 +49,18 @@ def test_a_wrong_kernel_is_refused(tree, monkeypatch, kernel, dtype):
         train(tree, model__dtype=dtype, train__max_steps=1)
     assert error.value.exit_code == 1
     assert not (run.Path(tree["output"]["dir"])).exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bloom"])
+def test_rows_in_which_queries_and_keys_learn_nothing(kind, dtype):
+    """Equal or few tokens: the softmax passes no gradient on, and both paths have only rounding there."""
+    model, model_type = make(kind, dtype=dtype)
+    engine = EnginePath(model, model_type, "elementwise", 64, 128)
+    rows = [Row(array("i", [5] * length), bytes([0]) + bytes([1]) * (length - 1), "x") for length in (8, 40)]
+    rows += [replace(make_rows([2], seed=seed)[0], learn=bytes([0, 1])) for seed in range(12)]
+    for row in rows:
+        assert "equals the plain path" in self_check.self_check(model, engine, row)
 
 
 WRONG_BLOOM = {

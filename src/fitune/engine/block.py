@@ -242,9 +242,9 @@ class Block:
     def _down_project(self, name: str, v: Views, again: bool) -> None:
         """Make dropout(x) Aᵀ of a group where its product wants it, and keep it; `again`: put back what was kept."""
         x, h = self._input(v, name)
-        kept = v.get(f"h_{name}")
-        if not self.groups[name].R:
+        if not (R := self.groups[name].R):
             return
+        kept = v[f"h_{name}"][:, :R] if f"h_{name}" in v else None  # made for the block with most
         if again and kept is not None:
             h.copy_(kept)
             return

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fitune.config import RunConfig, check
 from fitune.errors import ConfigError
-from fitune.plan.arch import read_arch
+from fitune.plan.arch import ArchSpec, linear_names, read_arch
 from fitune.plan.chatglm import glm_config, is_original, is_version_1
 
 MAX_CONFIG_BYTES = 4_000_000
@@ -193,6 +193,27 @@ def with_stored_quantization(config: RunConfig, folder: Path) -> RunConfig:
             "model.int8_compute=weight_only"
         )
     return config
+
+
+def with_stored_layers(arch: ArchSpec, folder: Path) -> ArchSpec:
+    """An architecture that knows from the weight files which layers bitsandbytes left whole; as it is without them."""
+    if not arch.quantized:
+        return arch
+    from safetensors import SafetensorError, safe_open
+
+    names: set[str] = set()
+    try:
+        for file in _weight_files(folder, "*.safetensors"):
+            with safe_open(folder / file, framework="np") as opened:
+                names.update(opened.keys())
+    except (ConfigError, SafetensorError, OSError):
+        return arch  # whoever loads them says what is wrong
+    quantized = {name.partition(".weight.quant_state.")[0] for name in names if ".weight.quant_state." in name}
+    quantized |= {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")}
+    whole = frozenset(place for place, name in linear_names(arch) if name not in quantized)
+    if len(whole) == arch.layers * len(arch.linears):  # no weights here, or under other names
+        return arch
+    return replace(arch, whole=whole, patterns=())
 
 
 def _weight_files(folder: Path, pattern: str) -> tuple[str, ...]:

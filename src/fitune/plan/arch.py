@@ -77,6 +77,7 @@ class ArchSpec:
         parameters: every parameter of the model, tied ones once.
         quantized: the linear layers are quantized in the files, by bitsandbytes.
         whole: (block, path) of those that are not.
+        patterns: regular expressions in config.json that may name more such layers.
         double_quant: absmax values of 4-bit weights are in 8 bits; bitsandbytes may have stored them in fp32.
         axes: positions of a token.
         prefix: a document's tokens see all of what stands before its answer.
@@ -104,6 +105,7 @@ class ArchSpec:
     parameters: tuple[Parameter, ...]
     quantized: bool = False
     whole: frozenset[tuple[int, str]] = frozenset()
+    patterns: tuple[str, ...] = ()
     double_quant: bool = True
     axes: int = 1
     prefix: bool = False
@@ -141,6 +143,7 @@ class _Split:
     rotary_share: float = 1.0
 
 
+_PATTERN = frozenset("*+?[](){}|^$\\")
 _ATTENTION: Flag = ("attention_bias", False)
 _SPLIT: dict[str, _Split] = {
     "llama": _Split(qkv_bias=_ATTENTION, o_bias=_ATTENTION, mlp_bias=("mlp_bias", False)),
@@ -161,26 +164,29 @@ def read_arch(config: Config) -> ArchSpec:
     if not isinstance(stored, dict):
         return arch
     single = stored.get("load_in_4bit") and not stored.get("bnb_4bit_use_double_quant")
-    whole = _left_out(arch, stored.get("llm_int8_skip_modules"))
-    return replace(arch, quantized=True, whole=whole, double_quant=not single)
+    return _left_out(replace(arch, quantized=True, double_quant=not single), stored.get("llm_int8_skip_modules"))
 
 
-def _left_out(arch: ArchSpec, skipped: Any) -> frozenset[tuple[int, str]]:
-    """Layers that bitsandbytes was told to leave whole, by the first or the last part of their names.
+def linear_names(arch: ArchSpec) -> Iterator[tuple[tuple[int, str], str]]:
+    """(block, path) of every linear layer, and its name in the model."""
+    for number in range(arch.layers):
+        yield from (((number, one.path), f"{arch.block.format(number)}.{one.path}") for one in arch.linears)
 
-    transformers also takes regular expressions there. One from a file could run for ever, so they match nothing here.
+
+def _left_out(arch: ArchSpec, skipped: Any) -> ArchSpec:
+    """Without the layers that bitsandbytes was told to leave whole, by a part of their names or the end of it.
+
+    So transformers 4 or 5 read them. Both also take regular expressions; one from a file could run for ever.
     """
-    keys = [key for key in skipped if isinstance(key, str) and key] if isinstance(skipped, list) else []
-    names = {
-        (number, linear.path): f"{arch.block.format(number)}.{linear.path}"
-        for number in range(arch.layers)
-        for linear in arch.linears
-    }
-    return frozenset(
-        place
-        for place, name in names.items()
-        if any(f"{name}.".startswith(f"{key}.") or name.endswith(key) for key in keys)
-    )
+    keys = {key.strip(".") for key in skipped if isinstance(key, str)} if isinstance(skipped, list) else set()
+    ends = {one.path for one in arch.linears if any(key and one.path.endswith(key) for key in keys)}
+    whole = {place for place, name in linear_names(arch) if place[1] in ends or not keys.isdisjoint(_parts(name))}
+    return replace(arch, whole=frozenset(whole), patterns=tuple(sorted(key for key in keys if _PATTERN & set(key))))
+
+
+def _parts(name: str) -> set[str]:
+    words = name.split(".")  # of a.b.c: a, a.b, a.b.c, b, b.c, c
+    return {".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
 
 
 def _read(config: Config) -> ArchSpec:

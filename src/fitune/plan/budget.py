@@ -12,19 +12,21 @@ from fitune.plan.hardware import MIB
 from fitune.plan.lengths import Lengths
 from fitune.plan.memory import MemoryPlan, plan_memory
 from fitune.plan.saves import LEVELS, level_of
+from fitune.plan.weights import SHARED_SEGMENT, shared_segments
 
 GB = 1e9
-# Of PyTorch's allocator: one segment for each tensor from 10 MiB on, rounded up to so much; one for several below it.
-SEGMENT, SHARED_SEGMENT = 2 * MIB, 20 * MIB
+SEGMENT = 2 * MIB  # PyTorch's allocator takes one for each tensor from 10 MiB on, rounded up to so much
 
 
 def needed_bytes(plan: MemoryPlan) -> int:
     """What a budget must hold: the CUDA context, the peak, and what the allocator reserves beyond it."""
-    return plan.device_bytes + unused_bytes(plan.job.arch.layers)
+    if plan.job.hardware.on_cpu:
+        return plan.peak_bytes
+    return plan.device_bytes + unused_bytes(plan.job.arch.layers) + shared_segments(plan.job)
 
 
 def unused_bytes(blocks: int) -> int:
-    """Reserved, but in no tensor, at most: the ends of segments (`engine.segments`).
+    """Reserved, but in no tensor, at most: the ends of segments (`engine.segments`). Of 4-bit weights there are more.
 
     One for each block's weights, six for embedding, head, buffers and what is small, and one that is shared. Measured:
     docs/memory.md. Near its cap the allocator gives whole segments back before it fails.

@@ -121,15 +121,17 @@ def _rows_fit_positions(config: RunConfig, positions: int | None) -> str | None:
 def _patterns_spare_quantized_weights(config: RunConfig, arch: ArchSpec) -> str | None:
     if config.model.quantization == "none" or not isinstance(config.method, FreezeConfig):
         return None
-    quantized = {f"{arch.block}.{linear.path}.weight" for linear in arch.linears}
+    paths = {f"{arch.block}.{linear.path}.weight": linear.path for linear in arch.linears}
+    way_out = "" if arch.quantized else ", or set model.quantization=none"
     for pattern in config.method.patterns:
-        hit = [p.name for p in arch.parameters if p.name in quantized and matching(arch, p, pattern)]
-        if hit:
-            return (
-                f"method.patterns: {pattern:.200} matches {hit[0].replace('{}', '*')}, which model.quantization="
-                f"{config.model.quantization} keeps frozen; give a pattern that does not, or set "
-                "model.quantization=none"
-            )
+        for parameter in arch.parameters:
+            path = paths.get(parameter.name)
+            if path and any((number, path) not in arch.whole for number in matching(arch, parameter, pattern)):
+                return (
+                    f"method.patterns: {pattern:.200} matches {parameter.name.replace('{}', '*')}, which "
+                    f"model.quantization={config.model.quantization} keeps frozen; give a pattern that does not"
+                    f"{way_out}"
+                )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fitune.config import Ia3Config, LoraConfig, MethodConfig, PrefixConfig, PromptLearning
@@ -70,10 +71,12 @@ class Job:
         """The weight of this layer of a block is in the model's dtype."""
         return self.quantization == "none" or (number, linear.path) in self.arch.whole
 
-    def groups(self, whole: bool) -> set[str]:
-        """Groups with layers in the model's dtype, or with quantized ones, in any block."""
-        numbers, linears = range(self.arch.layers), self.arch.linears
-        return {one.group for one in linears if any(self.is_whole(number, one) == whole for number in numbers)}
+    def groups(self, whole: bool) -> Iterator[tuple[str, int, int, int]]:
+        """Groups with layers in the model's dtype, or with quantized ones, of all blocks: outputs, inputs, columns."""
+        for number, columns in enumerate(self.columns):
+            found = {one.group for one in self.arch.linears if self.is_whole(number, one) == whole}
+            sizes = self.arch.block_shape(columns).groups
+            yield from ((group, *sizes[group]) for group in GROUPS if group in found)
 
     @property
     def kept_blocks(self) -> int:

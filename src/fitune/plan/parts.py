@@ -105,14 +105,14 @@ def _scratch(job: Job) -> Part:
     if job.shape.fp8:
         largest = max(outs * ins for outs, ins, _ in job.shape.groups.values())
         return Part(name, largest, "largest group outs x ins x 1 B, transposed codes", READY)
-    sizes = [job.shape.groups[group] for group in job.groups(whole=False)]
-    largest = max(((outs + r) * (ins + r) for outs, ins, r in sizes), default=0)
+    largest = max(((outs + r) * (ins + r) for _, outs, ins, r in job.groups(whole=False)), default=0)
     return Part(name, largest * size, f"largest group (outs + R) (ins + R) x {size} B", READY)
 
 
 def _largest_layer(job: Job) -> int:
-    quantized = job.groups(whole=False)
-    return max((linear.outs * linear.ins for linear in job.arch.linears if linear.group in quantized), default=0)
+    numbers = range(job.arch.layers)
+    quantized = [one for one in job.arch.linears if not all(job.is_whole(number, one) for number in numbers)]
+    return max((linear.outs * linear.ins for linear in quantized), default=0)
 
 
 def _refresh_table(job: Job) -> Part:
@@ -217,11 +217,10 @@ def _loading_copy(job: Job) -> Part:
     counts = {group: sum(linear.group == group for linear in job.arch.linears) for group in GROUPS}
     fp8 = job.shape.fp8
     size = 1 if fp8 else job.dtype_bytes
-    counted = job.groups(whole=not fp8) if job.engine and job.hardware.on_cpu else ()
     sizes = [
         outs * ins if fp8 else (outs + r) * (ins + r)
-        for group, (outs, ins, r) in job.shape.groups.items()
-        if group in counted and (counts[group] > 1 or (r and not fp8))
+        for group, outs, ins, r in (job.groups(whole=not fp8) if job.engine and job.hardware.on_cpu else ())
+        if counts[group] > 1 or (r and not fp8)
     ]
     formula = f"largest group {'outs x ins' if fp8 else '(outs + R) (ins + R)'} x {size} B"
     return Part("group being put together", max(sizes, default=0) * size, formula, ("loading",))

@@ -132,6 +132,11 @@ def _notes(plan: MemoryPlan, config: RunConfig) -> Iterator[str]:
             f"plain path ({plan.plain_reason}): it keeps more activations than are counted here; weights, gradients "
             "and optimizer states are exact"
         )
+    if job.arch.patterns:
+        yield (
+            f"llm_int8_skip_modules names layers by a pattern ({job.arch.patterns[0]:.60}), and these count as "
+            "quantized; with the weight files in the folder they are counted as they are"
+        )
     if config.model.dtype is None:
         assumed = "fp32 on CPU" if config.train.device == "cpu" else "bf16, as on a GPU that has it"
         yield f"model.dtype is not set: planned as {assumed}"

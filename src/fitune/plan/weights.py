@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fitune.plan.arch import Linear
+from fitune.plan.hardware import MIB
 from fitune.plan.job import Job
 from fitune.plan.part import Part
 
 QUANT_BLOCK, QUANT_NESTED = 64, 256  # elements per absmax, and absmax per second-level absmax, of nf4 and fp4
+SHARED_SEGMENT = 20 * MIB
 QUANT_TABLES = 4 * 16 + 4 * 256 + 4  # two code books and an offset
 
 
@@ -52,7 +54,9 @@ def block_weights(job: Job) -> Part:
     one = sum(_quantized(job, linear) for linear in job.arch.linears)
     formula = f"{layers} blocks x {one:,} B as {job.quantization} with scales; R (outs + ins) x {size} B"
     if job.arch.whole:
-        formula += f"; {len(job.arch.whole)} layers whole, outs x ins x {size} B"
+        count = layers * len(job.arch.linears)
+        whole = f"{len(job.arch.whole)} layers whole, (outs + R) (ins + R) x {size} B over groups"
+        formula = f"{whole}; {count - len(job.arch.whole)} as {job.quantization} with scales, R (outs + ins) x {size} B"
     return Part(name, total, formula)
 
 
@@ -72,6 +76,28 @@ def _blocks(job: Job) -> list[list[tuple[int, bool]]]:
             groups.append((stored + ones * ins + size * r * (outs + ins), job.quantization in ("int8", "fp8")))
         blocks.append(groups)
     return blocks
+
+
+def shared_segments(job: Job) -> int:
+    """What is left, in bytes, of PyTorch's segments of 20 MiB that 4-bit weights lie in.
+
+    A tensor of 1 to 10 MiB goes to where it fits best, else into a new segment: of 8 MiB, as of Llama-2-7B's attention,
+    two into each. All else lies in segments of its own, see `budget.unused_bytes`.
+    """
+    if job.quantization not in ("nf4", "fp4"):
+        return 0
+    left: list[int] = []
+    for number in range(job.arch.layers):
+        for linear in job.arch.linears:
+            elements = 0 if job.is_whole(number, linear) else linear.outs * linear.ins
+            for size in (-(-elements // 2), -(-elements // QUANT_BLOCK) * (1 if job.arch.double_quant else 4)):
+                if MIB < size < 10 * MIB:
+                    fitting = [room for room in left if room >= size]
+                    room = min(fitting, default=SHARED_SEGMENT)
+                    if fitting:
+                        left.remove(room)
+                    left.append(room - size)
+    return sum(left)
 
 
 def _quantized(job: Job, linear: Linear) -> int:

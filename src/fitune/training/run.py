@@ -28,7 +28,13 @@ from fitune.methods import METHODS
 from fitune.methods.base import WEIGHTS, read_tensors
 from fitune.methods.prompts import check_text
 from fitune.model.adapter import check_base, with_adapter
-from fitune.model.folder import ModelFolder, inspect_folder, resolve_folder, with_stored_quantization
+from fitune.model.folder import (
+    ModelFolder,
+    inspect_folder,
+    resolve_folder,
+    with_stored_layers,
+    with_stored_quantization,
+)
 from fitune.model.load import count_parameters, identity, load_base, pick_device, pick_dtype
 from fitune.model.quantize import emulation_note, use_int8
 from fitune.plan.arch import ArchSpec
@@ -168,6 +174,7 @@ def _prepare(config: RunConfig, quiet: bool, anew: bool) -> _Prepared:
     raw = inspect_folder(model_folder)
     config = with_stored_quantization(config, model_folder)
     arch, start = known_arch(raw.config), None
+    arch = arch and with_stored_layers(arch, model_folder)
     if anew:
         config, start = _from_adapter(config, arch, raw, model_folder)
     config = _with_facts_of_this_machine(config, device)

@@ -39,6 +39,9 @@ FP8_TOLERANCE = (25e-2, 5e-2)
 # Gradients of queries and keys alone, in 16 bits: much cancels out in them, so rounding is a large part of the rest
 # (20 % seen on narrow blocks), and only what cannot be rounding counts. A missing rotation is off by over 100 %.
 GROSS = 0.6
+# In a row of few or of equal tokens the gradients of queries and keys cancel out, and what is left of them is rounding.
+# A gradient counts as at least so much of the largest of its kind in the block, a part as so much of the whole.
+LEAST, LEAST_PART = 0.1, 0.003
 PREFIX_PARTS = ("the keys of the prefix", "the values of the prefix")
 
 
@@ -160,9 +163,10 @@ def _block_differences(
             yield _difference(fast_gradient, x.grad, gradient if beside else None), f"the input of block {number}"
         for name, wanted in expected.items():
             shown = f"{name.removesuffix('.default.weight')} in block {number}"
-            yield _difference(found[name], wanted), shown
+            least = LEAST * max(_norm(other) for key, other in expected.items() if _kind(key) == _kind(name))
+            yield _difference(found[name], wanted, least=least), shown
             for part, *pair in _fused_parts(engine, name, found[name], wanted):
-                off = _difference(*pair)
+                off = _difference(pair[0], pair[1], least=LEAST_PART * _norm(wanted))
                 if engine.dtype == torch.float32 or off > GROSS:
                     yield off, f"{part} of {shown}"
     for parameter in trainable(model).values():
@@ -239,17 +243,29 @@ def _taken(layer: nn.Module) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor, carried: torch.Tensor | None = None) -> float:
+def _kind(name: str) -> str:
+    """Gradients of one kind have one scale: those of A, of B, of biases and the like."""
+    return next((kind for kind in (".lora_A.", ".lora_B.") if kind in name), "")
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def _difference(
+    found: torch.Tensor, expected: torch.Tensor, carried: torch.Tensor | None = None, least: float = 0.0
+) -> float:
     """||found - expected|| / ||expected||; infinite if anything is not a number.
 
     Args:
         carried: the residual that both contain. It is not part of what is compared, but it is rounded, so one unit in
             its last place is forgiven.
+        least: of what is divided by.
     """
-    off = (found.double() - expected.double()).norm().item()
-    size = expected.double().norm().item()
+    off = _norm(found.double() - expected.double())
+    size = max(_norm(expected), least)
     if carried is not None:
         off = max(0.0, off - torch.finfo(expected.dtype).eps * size) if math.isfinite(off) else off
-        size = (expected.double() - carried.double()).norm().item()
+        size = _norm(expected.double() - carried.double())
     value = off / size if size else float(off > 0)
     return value if math.isfinite(value) else math.inf
