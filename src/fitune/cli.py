@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fitune: stopped at once; committed checkpoints are untouched", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `fitune data ... | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `fitune data ... | head`; what is buffered would fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if not _is_out_of_memory(error):
@@ -217,7 +218,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _say_where(run: Path, quiet: bool) -> None:
     if not quiet:
-        print(f"done: {run}/report.html shows the run; talk to it: fitune chat {run}")
+        print(f"done: {run}/report.html shows the run; talk to it: fitune chat {run}", flush=True)
 
 
 def _params(options: argparse.Namespace) -> int:

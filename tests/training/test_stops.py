@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 import fitune
 from fitune.config import RunConfig, build
 from fitune.errors import CheckpointError, ConfigError, DataError, Interrupted
-from fitune.training import evaluate, loop, path, run
+from fitune.training import evaluate, loop, optim, path, run
 from fitune.training.path import PlainPath
 from tiny import make_model, make_rows
 
@@ -54,6 +57,49 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(tree, tmp_pa
     run.resume(tmp_path / "run", quiet=True)
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tree, tmp_path):
+    """`fitune train ... | head -1`; nothing is shown any more, and the run is as it would have been."""
+    file = tmp_path / "run.yaml"
+    tree["train"]["max_steps"] = 200
+    file.write_text(json.dumps(tree))
+    source = str(Path(run.__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": source, "FORCE_COLOR": "1"}
+    command = [sys.executable, "-m", "fitune", "train", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    for line in process.stdout:
+        if line.startswith(b"step "):
+            break
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "done"
+    assert rows_of(tmp_path / "run")[-1]["step"] == 200
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes(tree, tmp_path, monkeypatch, ignored):
+    """SIGHUP saves and stops; under nohup it is not even noticed."""
+    real, calls = optim.MasterOptimizer.step, []
+
+    def stopping(self, rate):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return real(self, rate)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(optim.MasterOptimizer, "step", stopping)
+            if ignored:
+                go(tree)
+            else:
+                with pytest.raises(Interrupted, match="stopped by SIGHUP after step 3 of 6"):
+                    go(tree)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_best_step_that_could_not_be_saved_is_not_published(tree, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ smoothed; metrics.jsonl keeps the exact one. report.py shares the number formats
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -131,7 +132,10 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            try:
+                self._bar.stop()
+            except (OSError, SystemExit):
+                self._nobody_reads()
             self._bar = None
 
     def step(self, row: Mapping[str, object]) -> None:
@@ -181,7 +185,15 @@ class Progress:
             return
         safe = "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
         # soft_wrap in a log: a line there is as long as its message, whatever width a pipe claims to have.
-        self._console.print(Text(safe, style), soft_wrap=not self._console.is_interactive)
+        try:
+            self._console.print(Text(safe, style), soft_wrap=not self._console.is_interactive)
+        except (OSError, SystemExit):  # rich makes the latter of a broken pipe
+            self._nobody_reads()
+
+    def _nobody_reads(self) -> None:
+        """Of a pipe or terminal that is gone: the run goes on, its folder tells how."""
+        self._quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())  # what is buffered would fail at exit
 
     def _count(self, step: int) -> str:
         return f"{step:,}/{self.total_steps:,}"

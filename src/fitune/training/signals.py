@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask the loop to stop after the current step; a second SIGINT stops at once."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the loop to stop after the current step; a second SIGINT stops at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has neither of the last two
 
 
 class StopRequest:
@@ -25,7 +25,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            wanted = [number for number in SIGNALS if not _by_nohup(number)]
+            self._previous = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(
@@ -38,3 +39,8 @@ class StopRequest:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = self.requested or signal.Signals(number).name
+
+
+def _by_nohup(number: int) -> bool:
+    """Ignored by whoever started us, so that a terminal may close."""
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
