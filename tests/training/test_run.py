@@ -255,6 +255,18 @@ def test_another_base_is_refused(tree, tmp_path, tiny):
         run.resume(tmp_path / "run", ["train.max_steps=8"], quiet=True)
 
 
+def test_a_changed_base_configuration_is_noticed(tree, tmp_path, tiny):
+    tree["model"]["path"] = str(shutil.copytree(tiny, tmp_path / "base"))
+    go(tree)
+    file = tmp_path / "base" / "config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"use_cache": False, "transformers_version": "4.40.0"}))
+    run.resume(tmp_path / "run", ["train.max_steps=7"], quiet=True)
+    file.write_text(json.dumps(before | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match=r"config.json changed .*\(rms_norm_eps: 1e-0\d -> 0.001\)"):
+        run.resume(tmp_path / "run", ["train.max_steps=8"], quiet=True)
+
+
 def test_a_damaged_newest_checkpoint_falls_back(tree, tmp_path):
     go(tree, output__dir=str(tmp_path / "whole"))
     go(tree, output__dir=str(tmp_path / "run"))

@@ -47,7 +47,7 @@ from fitune.training.optim import LossScale
 from fitune.training.progress import Progress
 from fitune.training.report import write_report
 from fitune.training.run_folder import RunFolder
-from fitune.training.saving import check_changes, publish, restore
+from fitune.training.saving import check_changes, computing, publish, restore
 from fitune.training.session import Session, State
 from fitune.training.signals import StopRequest
 
@@ -136,7 +136,8 @@ def resume(run: Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> 
         folder.cut_metrics(state.step if stored else -1, evaluated=state.evaluated_step == state.step)
         if not stored:
             write_rejected(folder.path / "rejected.jsonl", session.dataset.rejected)
-        session.note(f"continuing at step {state.step} of {total}")
+        begun = "continuing" if stored else "no checkpoint was committed; starting again"
+        session.note(f"{begun} at step {state.step} of {total}")
         return _run(session, state)
 
 
@@ -249,6 +250,7 @@ def _assemble(prepared: _Prepared, target: Path, stop: StopRequest, quiet: bool)
         folder=RunFolder(target),
         facts={
             "base_fingerprint": base.fingerprint,
+            "base_config": computing(base.model.config),
             "tokenizer_hash": prepared.tokenizer.hash,
             "data_fingerprint": dataset.fingerprint,
             "versions": versions(),

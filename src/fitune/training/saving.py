@@ -50,6 +50,28 @@ RESUMABLE = frozenset(
 )
 
 
+_ASIDE = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
 def save(session: Session, state: State) -> None:
     """Commit a checkpoint of the current step and prune older ones.
 
@@ -96,9 +118,34 @@ def restore(session: Session, stored: Checkpoint) -> State:
                 f"{stored.path}: {what} changed since this checkpoint was written, so the run cannot be continued "
                 "as the same run. Put the old one back, or start a new run with another output.dir"
             )
+    _check_base_config(session, stored)
     session.method.load(session.model, stored.path / session.method.folder)
     session.optimizer.load_state(checkpoint.load_tensors(stored.path / OPTIMIZER))
     return State.from_json(json.loads((stored.path / STATE).read_text(encoding="utf-8")))
+
+
+def computing(config: Any) -> dict[str, Any]:
+    """What of a transformers configuration decides what the model computes, as JSON values.
+
+    Not where it came from, which ids end a text, how it is stored and how transformers runs it.
+    """
+    tree: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in sorted(tree.items()) if key not in _ASIDE and not key.endswith("_token_id")}
+
+
+def _check_base_config(session: Session, stored: Checkpoint) -> None:
+    """Refuse a base whose config.json computes something else; another release of transformers may read it anew."""
+    old, new = stored.facts.get("base_config"), session.facts["base_config"]
+    releases = [facts["versions"].get("transformers") for facts in (stored.facts, session.facts)]
+    if old is None or releases[0] != releases[1]:
+        return
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if changed:
+        shown = ", ".join(f"{key}: {old.get(key)!r:.60} -> {new.get(key)!r:.60}" for key in changed[:3])
+        raise CheckpointError(
+            f"{stored.path}: the base model's config.json changed since this checkpoint was written ({shown}), so the "
+            "run cannot be continued as the same run. Put the old one back, or start a new run with another output.dir"
+        )
 
 
 def check_changes(stored: Checkpoint, config: RunConfig) -> list[str]:
