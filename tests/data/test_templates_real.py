@@ -1,8 +1,13 @@
 """The same ids as the models' authors and as transformers."""
 
+import json
+
 import pytest
 
+from fitune.config import build
+from fitune.data.doctor import examine
 from fitune.data.layouts import LAYOUTS
+from fitune.data.prepare import prepare
 from fitune.data.sources import Message, read
 from fitune.data.templates import Template, resolve_template
 from fitune.data.tokenizer import Tokenizer
@@ -80,6 +85,42 @@ def test_same_ids_as_transformers(shared, real, theirs, tokenizer, file):
         if tokenizer == "qwen3":
             answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]
         assert learnt == "".join(answers)
+
+
+def test_what_a_chat_template_makes_of_answers_is_counted(shared, real, tmp_path):
+    """Qwen3 shows no thoughts of earlier turns, and an empty one in the last turn if it has none."""
+
+    def template(tokenizer="qwen3", file="qwen3.jinja"):
+        return Template("model", (shared / "chat_templates" / file).read_text(encoding="utf-8"), real(tokenizer))
+
+    thinks = [
+        Message("user", "1 + 1?"),
+        Message("assistant", "<think>\ncount\n</think>\n\n2"),
+        Message("user", "2 + 2?"),
+        Message("assistant", "<think>\ncount again\n</think>\n\n4"),
+    ]
+    ours = template()
+    ours.conversations([thinks, thinks])
+    assert len(ours.remarks) == 1
+    assert "leaves out or changes part of answers (2)" in ours.remarks[0]
+    ours.conversations([TALK])
+    assert "puts text in front of answers (1)" in ours.remarks[1]
+    for tokenizer, file in (("qwen2.5", "qwen2.5-instruct.jinja"), ("llama3", "llama-3.2-instruct.jinja")):
+        other = template(tokenizer, file)
+        other.conversations([thinks, TALK, TALK[1:3]])
+        assert not other.remarks
+    for name in LAYOUTS:
+        if not set(LAYOUTS[name].needs) - set(real("qwen3").special_tokens):
+            layout = resolve_template(name, real("qwen3"))
+            layout.conversations([thinks, TALK])
+            assert layout.remarks == ([layout.note] if layout.note else [])
+    file = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": m.role, "content": m.content} for m in thinks]}
+    file.write_text(json.dumps(row) + "\n")
+    data = build({"model": {"path": "x"}, "data": {"train": [str(file)], "template": "model", "max_length": 512}}).data
+    report = examine([str(file)], data, real("qwen3"))
+    assert any("changes part of answers (1)" in note for note in report.notes)
+    assert any("changes part of answers (1)" in note for note in prepare(data, real("qwen3")).summary["template_notes"])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -81,7 +81,7 @@ def test_names_of_parts(folder):
 
 def test_an_existing_run_is_refused_and_unchanged(folder):
     for refuse in (lambda: RunFolder.create(folder.path, "seed: 1\n"), lambda: RunFolder.check_free(folder.path)):
-        with pytest.raises(ConfigError, match=r"already holds a run; continue it with `fitune resume .*x`, or choose"):
+        with pytest.raises(ConfigError, match=r"already holds a run; continue it with `fitune resume .*x`, choose"):
             refuse()
     assert folder.config_text() == "seed: 0\n"
 

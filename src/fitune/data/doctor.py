@@ -128,7 +128,7 @@ def examine(files: Sequence[str], data: DataConfig, tokenizer: Tokenizer, render
         on_long_rows=data.on_long_rows,
         num_rows=result.num_rows,
         bad_rows=tuple(sorted(bad, key=lambda row: (row.file, row.line))),
-        notes=(*result.notes, *([template.note] if template is not None and template.note else [])),
+        notes=(*result.notes, *(template.remarks if template is not None else [])),
         extra_keys=result.extra_keys,
         num_tokens=sum(ordered),
         num_supervised=measure.num_supervised,

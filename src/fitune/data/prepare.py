@@ -249,7 +249,7 @@ def _summary(
     return {
         "template": template.name if template is not None else None,
         "template_hash": template.hash if template is not None else None,
-        "template_note": template.note if template is not None else None,
+        "template_notes": template.remarks if template is not None else [],
         "formats": {file: name for result in results for file, name in result.formats_by_file.items()},
         "notes": [note for result in results for note in result.notes],
         "extra_keys": dict(sum((Counter(result.extra_keys) for result in results), Counter())),

@@ -64,6 +64,7 @@ class Template:
         self.source = source
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self.note = note
+        self._altered = self._led = 0  # answers
         self._tokenizer = tokenizer
         self._eos_id = tokenizer.eos_id
         self._end_ids = frozenset({*tokenizer.stop_ids, tokenizer.next_id} - {None})
@@ -80,6 +81,30 @@ class Template:
             tokenizer: the one to export with, if it is not the template's own.
         """
         return self.source if tokenizer is None else resolve_template(self.name, tokenizer).source
+
+    @property
+    def remarks(self) -> list[str]:
+        """`note`, and what the model's own layout has done to the answers laid out so far; for people."""
+        see = "`fitune data FILE --render` shows what is learnt"
+        found = [self.note] if self.note else []
+        if self._altered:
+            found.append(
+                f"the model's chat template leaves out or changes part of answers ({self._altered:,}), as some do with "
+                f"thoughts of earlier turns, and that is not learnt: {see}"
+            )
+        if self._led:
+            found.append(
+                f"the model's chat template puts text in front of answers ({self._led:,}), as some do with an empty "
+                f"thought in the last turn, and that is learnt: {see}"
+            )
+        return found
+
+    def _compare(self, content: str, text: str) -> None:
+        """Note what a layout of the model's own made of an answer; ours change nothing."""
+        content = content.strip()
+        if self.name == "model" and content:
+            self._altered += content not in text
+            self._led += content in text and not text.lstrip().startswith(content)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids that ask for the next answer; what inference gives to the model.
@@ -210,6 +235,7 @@ class Template:
         for number, start in enumerate(starts):
             last = number == len(starts) - 1
             text = full[start:] if last else full[start : starts[number + 1]]
+            self._compare(turns[answers[number]]["content"], text)
             parts = self._tokenizer.split(text)
             end = self._first_special(parts)
             if end is None or parts[end] not in self._end_ids:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -303,8 +303,8 @@ def _introduce(session: Session) -> None:
         f"{summary['rejected_rows']:,} rejected, {summary['truncated_rows']:,} cut at {config.data.max_length:,} "
         f"tokens; {layout}"
     )
-    if summary["template_note"]:
-        session.display.note(str(summary["template_note"]))
+    for note in cast(list[str], summary["template_notes"]):
+        session.display.note(note)
     if summary["eval_rows_also_in_train"]:
         session.display.note(f"{summary['eval_rows_also_in_train']:,} held-out rows are also in the training files")
     stored = "" if config.model.quantization == "none" else f", blocks in {config.model.quantization}"

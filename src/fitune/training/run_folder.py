@@ -327,7 +327,8 @@ def _refuse_taken(shown: Path, target: Path, replace: bool) -> None:
         raise ConfigError(f"{shown} is not empty and holds no fitune run; choose another output.dir")
     if not replace:
         raise ConfigError(
-            f"{shown} already holds a run; continue it with `fitune resume {shown}`, or choose another output.dir"
+            f"{shown} already holds a run; continue it with `fitune resume {shown}`, choose another output.dir, or "
+            "delete it by `fitune train --replace`"
         )
     if not (target / LOCK).is_file():  # config.yaml is a common name; every run of ours has both
         raise ConfigError(f"{shown} has a {CONFIG} but no {LOCK}, so it may be no fitune run; delete it yourself")
