@@ -1,6 +1,7 @@
 """The engine against the plain path on models of each family: same loss, same gradients, the declared memory."""
 
 import copy
+import math
 from array import array
 
 import pytest
@@ -298,6 +299,28 @@ def test_bf16_is_as_close_to_fp32_as_the_plain_path():
     total = [sum(pair[i] for pair in error.values()) for i in (0, 1)]
     # The plain path computes adapters in fp32, the engine in bf16 as autocast would.
     assert total[0] <= 2 * total[1], error
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """torch.empty gives NaN, as it may at any time; 255 in the bytes that buffers are cut from is NaN as well."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_nothing_is_read_that_nothing_wrote(unwritten_is_nan, kind, level, dtype):
+    model, model_type = make(kind, dtype=dtype)
+    engine = EnginePath(model, model_type, level, 64, 128)
+    for rows in ([17, 5, 30, 2], [9, 8]):
+        loss, gradients = run(engine, model, pack(make_rows(rows)))
+        assert math.isfinite(loss)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_gradients_accumulate_over_micro_steps_and_restart_after_the_step():

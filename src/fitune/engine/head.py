@@ -38,7 +38,8 @@ class Head:
         # of bloom-1b4-zh) has beyond that is a product of its own, of a few columns.
         width, even = padded_vocabulary(vocabulary), vocabulary - vocabulary % 8
         self._parts = [slice(0, even), slice(even, vocabulary)] if 0 < even < vocabulary else [slice(0, vocabulary)]
-        self._logits_MV = torch.empty(self.rows, width, dtype=dtype, device=device)[:, :vocabulary]
+        # Zeros: a product of three columns in bf16 reads a fourth on CPUs, and NaN times nothing is NaN.
+        self._logits_MV = torch.zeros(self.rows, width, dtype=dtype, device=device)[:, :vocabulary]
         self._x_MH, self._y_MH, self._d_MH = (torch.empty(self.rows, hidden, dtype=dtype, device=device) for _ in "xyd")
         self._rstd_M, self._loss_M = (torch.empty(self.rows, device=device) for _ in "rl")
         self._mean_M = None if norm.bias_H is None else torch.empty(self.rows, device=device)
