@@ -41,7 +41,8 @@ FP8_TOLERANCE = (25e-2, 5e-2)
 GROSS = 0.6
 # In a row of few or of equal tokens the gradients of queries and keys cancel out, and what is left of them is rounding.
 # A gradient counts as at least so much of the largest of its kind in the block, a part as so much of the whole.
-LEAST, LEAST_PART = 0.1, 0.003
+LEAST = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1}
+LEAST_PART = 0.003
 PREFIX_PARTS = ("the keys of the prefix", "the values of the prefix")
 
 
@@ -163,8 +164,8 @@ def _block_differences(
             yield _difference(fast_gradient, x.grad, gradient if beside else None), f"the input of block {number}"
         for name, wanted in expected.items():
             shown = f"{name.removesuffix('.default.weight')} in block {number}"
-            least = LEAST * max(_norm(other) for key, other in expected.items() if _kind(key) == _kind(name))
-            yield _difference(found[name], wanted, least=least), shown
+            largest = max(_norm(other) for key, other in expected.items() if _kind(key) == _kind(name))
+            yield _difference(found[name], wanted, least=LEAST[engine.dtype] * largest), shown
             for part, *pair in _fused_parts(engine, name, found[name], wanted):
                 off = _difference(pair[0], pair[1], least=LEAST_PART * _norm(wanted))
                 if engine.dtype == torch.float32 or off > GROSS:
